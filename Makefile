@@ -1,0 +1,102 @@
+# make            examples into build/, tests into build/tests/
+# make test       the tests, one line for each
+# make check      test, sanitize, matrix, symbols and lint, one after the other
+# make sanitize   the tests again under AddressSanitizer with UBSan (asan), and under ThreadSanitizer (tsan)
+# make matrix     the header in every C and C++ standard, with gcc and clang, without a warning
+# make symbols    what reaches the linker and the user's preprocessor
+# make lint       stray blanks, and cppcheck if it is installed
+# make fuzz       libFuzzer (clang), FUZZ_SECONDS for each target, from the inputs kept in tests/fuzz/corpus/
+# make demo       examples/pool.c at work: one server, several workers, over TLS
+# make deps       mbedTLS into build/mbedtls; done without being asked when there is no other
+# make clean      removes what was built, but for mbedTLS
+#
+# mbedTLS 3.6 or newer comes from `make MBEDTLS=/its/prefix`, else from pkg-config, else from `make deps`.
+
+CFLAGS ?= -O2 -g -Wall -Wextra
+BUILD = build
+FUZZ_SECONDS = 30
+RUN = tests/run
+
+# mbedTLS 4 keeps ecp.h and sha256.h, which netchan.h includes, to itself.
+PKG_MBEDTLS = mbedtls mbedx509 mbedcrypto
+ifndef MBEDTLS
+ifeq ($(shell pkg-config --exists 'mbedtls >= 3.6' 'mbedtls < 4' $(PKG_MBEDTLS) 2>/dev/null && echo found),found)
+MBEDTLS_CFLAGS := $(shell pkg-config --cflags $(PKG_MBEDTLS))
+MBEDTLS_LIBS := $(shell pkg-config --libs $(PKG_MBEDTLS))
+MBEDTLS_INCLUDE := $(shell pkg-config --variable=includedir mbedtls)
+else
+MBEDTLS := build/mbedtls
+endif
+endif
+ifdef MBEDTLS
+DEPS := $(if $(filter build/mbedtls,$(MBEDTLS)),build/mbedtls/lib/libmbedtls.a)
+MBEDTLS_CFLAGS := -I$(MBEDTLS)/include
+MBEDTLS_LIBS := -L$(MBEDTLS)/lib $(if $(DEPS),,-Wl,-rpath,$(abspath $(MBEDTLS)/lib) )-lmbedtls -lmbedx509 -lmbedcrypto
+MBEDTLS_INCLUDE := $(MBEDTLS)/include
+endif
+MBEDTLS_FLAGS = $(MBEDTLS_CFLAGS) $(MBEDTLS_LIBS)
+export BUILD CC CFLAGS MBEDTLS_CFLAGS MBEDTLS_LIBS MBEDTLS_FLAGS
+
+# A tests/x.sh is a test of its own, and a tests/x.c beside it is its material. Benchmarks are built, not run.
+SCRIPTS := $(filter-out tests/demo.sh,$(wildcard tests/*.sh))
+PROGRAMS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(filter-out $(SCRIPTS:.sh=.c),$(wildcard tests/*.c)))
+TESTS := $(filter-out $(BUILD)/tests/bench%,$(PROGRAMS)) $(SCRIPTS)
+EXAMPLES := $(patsubst examples/%.c,$(BUILD)/%,$(wildcard examples/*.c))
+FUZZERS := $(patsubst tests/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard tests/fuzz/*.c))
+
+.PHONY: all deps test check sanitize asan tsan matrix symbols lint fuzz demo clean
+all: $(EXAMPLES) $(PROGRAMS)
+
+$(EXAMPLES): $(BUILD)/%: examples/%.c netchan.h | $(DEPS)
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) $< -o $@ -I. $(MBEDTLS_FLAGS) -lpthread
+
+$(PROGRAMS): $(BUILD)/tests/%: tests/%.c netchan.h $(wildcard tests/*.h) | $(DEPS)
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) $< -o $@ -I. $(MBEDTLS_FLAGS) -lpthread
+
+$(FUZZERS): $(BUILD)/fuzz/%: tests/fuzz/%.c netchan.h $(wildcard tests/*.h tests/fuzz/*.h) | $(DEPS)
+	@mkdir -p $(@D)
+	clang -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all $< -o $@ -I. $(MBEDTLS_FLAGS) -lpthread
+
+deps: build/mbedtls/lib/libmbedtls.a
+build/mbedtls/lib/libmbedtls.a:
+	MAKEFLAGS= .ci/get-mbedtls build/mbedtls
+
+test: all
+	@$(RUN) $(TESTS)
+
+check:
+	+@failed=; for step in test sanitize matrix symbols lint; do \
+		echo "== make $$step"; $(MAKE) --no-print-directory $$step || failed="$$failed $$step"; \
+	done; [ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
+
+# Under a sanitizer all takes longer, and may. ThreadSanitizer needs the old layout of the address space, which setarch -R
+# gives where it is allowed.
+SANITIZER = -O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all -fsanitize
+SANITIZED_TEST = NETCHAN_TEST_ALARM=300 TEST_SECONDS=600 $(MAKE) --no-print-directory test
+NO_ASLR = $(shell setarch -R true 2>/dev/null && echo setarch -R)
+sanitize:
+	+@$(MAKE) --no-print-directory asan; asan=$$?; $(MAKE) --no-print-directory tsan && exit $$asan
+asan:
+	+@ASAN_OPTIONS=detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	$(SANITIZED_TEST) BUILD=build/asan CFLAGS='$(SANITIZER)=address,undefined'
+tsan:
+	+@$(SANITIZED_TEST) BUILD=build/tsan CFLAGS='$(SANITIZER)=thread' RUN='$(NO_ASLR) tests/run'
+
+matrix: | $(DEPS)
+	@tests/matrix
+symbols: | $(DEPS)
+	@tests/symbols
+lint:
+	@tests/lint
+fuzz: $(FUZZERS)
+	@tests/fuzz/run $(FUZZ_SECONDS) $(FUZZERS)
+
+# The demo's files: ours, and the sources of mbedTLS, or its headers where it came without them.
+demo: $(BUILD)/pool
+	@POOL=$(BUILD)/pool tests/demo.sh netchan.h README.md \
+	$(shell ls build/mbedtls/src/library/*.c 2>/dev/null || ls $(MBEDTLS_INCLUDE)/mbedtls/*.h)
+
+clean:
+	rm -rf $(filter-out build/mbedtls,$(wildcard build/*))

@@ -1,0 +1,5376 @@
+/* netchan.h - Go channels between machines, for C, in one header. MIT licence (at the end of the file).
+ *
+ * A netchan is a channel as in Go: make, send, recv, close, select, with capacity 0 (a rendezvous) or n. Its other end may be
+ * in this thread, in this process, or on another machine behind TLS 1.3: the meaning is the same. A send on a channel of
+ * capacity 0 returns when a receiver on the other machine has taken the value.
+ *
+ * HELLO, WORLD
+ *
+ *     // server.c                                             // client.c
+ *     #define NETCHAN_IMPLEMENTATION                          #define NETCHAN_IMPLEMENTATION
+ *     #include "netchan.h"                                    #include "netchan.h"
+ *     int main(void) {                                        int main(void) {
+ *         netchan_options o = {0};                                netchan_options o = {0};
+ *         o.shared_key = getenv("NETCHAN_KEY");                   o.shared_key = getenv("NETCHAN_KEY");
+ *         netchan_link *l = netchan_listen(":7000", &o);          netchan_link *l = netchan_dial("server:7000", &o);
+ *         if (!l) return puts(netchan_errmsg()), 1;               if (!l) return puts(netchan_errmsg()), 1;
+ *         netchan_value v;                                        netchan_send(l->send, netchan_str("hello"), 1000);
+ *         netchan_recv(l->recv, &v, NETCHAN_FOREVER);             netchan_hangup(l, NULL);
+ *         puts(netchan_as_str(&v, "?"));                      }
+ *         netchan_clear(&v);
+ *         netchan_hangup(l, NULL);
+ *     }
+ *
+ * BUILD
+ *
+ *     cc server.c -o server -lmbedtls -lmbedx509 -lmbedcrypto -lpthread
+ *
+ * needs mbedTLS 3.6 or newer with TLS 1.3 (its default configuration) and a POSIX system: Linux, the BSDs, macOS. In exactly one C
+ * or C++ file NETCHAN_IMPLEMENTATION is defined before netchan.h is included; include it there before any system header, or
+ * give it a file of its own, whose two lines are the define and the include.
+ *
+ * CONTENTS (grep -n '^ \* \[' netchan.h)
+ *
+ *   [A] results   [B] values   [C] struct tables   [D] channels and select   [E] links   [F] configuration
+ *   [1] platform   [2] bytes and maps   [3] errors   [4] values   [5] struct tables   [6] channels: queues and matches
+ *   [7] the commit protocol   [8] operations   [9] sessions   [10] TLS   [11] sockets   [12] the I/O loop   [13] links
+ *
+ * GO BESIDE NETCHAN.H
+ *
+ *     ch := make(chan T, n)                      netchan *ch = netchan_make(n);
+ *     ch <- v                                    netchan_send(ch, v, NETCHAN_FOREVER);
+ *     v, ok := <-ch                              ok = netchan_recv(ch, &v, NETCHAN_FOREVER) == NETCHAN_OK;
+ *     close(ch)                                  netchan_close(ch);
+ *     len(ch), cap(ch)                           netchan_len(ch), netchan_cap(ch)
+ *     for v := range ch { ... }                  while (netchan_recv(ch, &v, NETCHAN_FOREVER) == NETCHAN_OK) { ... netchan_clear(&v); }
+ *     select { case a <- v: case w := <-b: }     netchan_case c[] = {netchan_case_send(a, v), netchan_case_recv(b, &w)};
+ *                                                i = netchan_select(c, 2, NETCHAN_FOREVER);
+ *     select { ... default: }                    netchan_select(c, 2, NETCHAN_NOWAIT)
+ *     case <-time.After(d):                      netchan_select(c, 2, d_in_milliseconds)
+ *     a nil channel                              NULL
+ *     panic on a second close or a late send     NETCHAN_ECLOSED
+ *
+ * RULES
+ *
+ *   Ownership   Value constructors borrow what they are given. A send copies the value before it returns. A receive gives the
+ *               value to the caller, who calls netchan_clear(). What the accessors return is borrowed from their value.
+ *               Channels are counted: netchan_make() counts one, netchan_retain() one more, netchan_free() one less. The
+ *               channels in a netchan_link belong to the link: do not free them; retain one to keep it past netchan_hangup().
+ *   Threads     Any thread may call anything at any time, except that a value, an array of cases and a link that is being
+ *               hung up belong to one thread at a time. The first listen or dial starts the one thread of the library, the last
+ *               hangup ends it. mbedTLS is called from one thread at a time, under a lock of ours; a program that also calls
+ *               mbedTLS itself, from another thread, needs an mbedTLS built with MBEDTLS_THREADING_C.
+ *   Time        timeout_ms is NETCHAN_FOREVER (-1), NETCHAN_NOWAIT (0) or milliseconds on the monotonic clock. Between machines, a
+ *               call that has begun to commit when its time is up returns late, by one round trip or when the link is lost;
+ *               NETCHAN_NOWAIT asks the other side once and takes one round trip.
+ *   Errors      A function that can fail returns NETCHAN_OK or a negative code, or NULL; netchan_errmsg() is then a sentence.
+ *   Results     OK: it happened. ETIMEDOUT, ECLOSED, ELOST: it did not and never will. EUNKNOWN: the peer is gone and only it
+ *               knew. A value whose send timed out is never received later.
+ *
+ * GUARANTEES
+ *
+ *   Every value sent with OK through capacity 0 was taken by exactly one receiver. Values from one thread through one channel to one
+ *   receiver arrive in the order in which they were sent. Capacity is exact. A link that breaks is dialled again; values that never left
+ *   go over the next link. In this version a broken link ends its session: what was being committed on it ends with
+ *   ELOST or EUNKNOWN, values that had left the buffer of a dialler's `send` are counted in the event "down", and a value on the
+ *   listener's work queue that was shipped and not confirmed goes to another peer, marked `redelivered` (or is counted, with
+ *   options.no_redelivery). Not promised: durability (a channel lives in memory), order across different senders or
+ *   receivers, and anything once a process dies beyond the truthful result.
+ *
+ * SECURITY
+ *
+ *   TLS 1.3 only, with forward secrecy. Exactly one of options.shared_key, .pin and .insecure says whom to trust; with the first two
+ *   both sides prove themselves before the first value. Keys are never logged and are wiped after use. What a peer can make
+ *   this process hold is bounded by max_memory, max_message and max_ops; max_peers and a deadline bound what strangers can.
+ *
+ * WIRE
+ *
+ *   Enough to write another implementation; all of it travels inside TLS 1.3 with ALPN "netchan/1". A varint is unsigned LEB128 of at
+ *   most 10 bytes, the shortest form not required.
+ *
+ *   Values: one tag byte, then its payload. LEN is a varint that counts the payload bytes after it.
+ *     00..3f int 0..63              82 true                      87 bytes: LEN, bytes              8c i64 array: LEN, 8-byte items
+ *     40..7f str of 0..63 bytes     83 int: zig-zag varint       88 array: LEN, count, values      8d f32 array: LEN, 4-byte items
+ *     80 nil                        84 uint: varint              89 map: LEN, count, entries       8e f64 array: LEN, 8-byte items
+ *     81 false                      85 float: 8 bytes            8a reserved for channel ends      8f.. LEN, payload: skipped, read as nil
+ *                                   86 str: LEN, bytes           8b i32 array: LEN, 4-byte items
+ *   Numbers in floats and packed arrays are little-endian, floats IEEE 754. An entry of a map is the key (varint length, bytes without
+ *   NUL) and a value. A decoder refuses nesting deeper than 64 and counts larger than the bytes that are left.
+ *
+ *   Frames: LENGTH (varint, of what follows), TYPE (one byte), fields (varints unless said otherwise). Frames longer than 16,384
+ *   bytes, with LENGTH, are refused. D is the dialling side, L the listening side. Channel 0 goes from D to L, channel 1 from L to D; both have
+ *   their home at L.
+ *     01 HELLO     "netchan" (7 bytes), version 1, process id (16 bytes), max_message, max_memory, max_ops, ping_ms, capacity:
+ *                  first frame each way; L waits for D's. D's capacity is its wish for channel 0, L's answer what it gets.
+ *                  Fields after these are skipped.
+ *     02 PING n, 03 PONG n        any byte received is a sign of life; a PING is answered at once
+ *     04 BYE                      no more frames will come; answered with BYE, then the link closes
+ *     10 OFFER  channel, entry, op, flags, size, [value]    D: a send waits. flags: 1 op has several cases, 2 try (answer
+ *                  WITHDRAWN at once if nobody takes it), 4 firm (never declined), 8 the value is here and the home's to match
+ *     11 DEMAND channel, entry, op, flags                   D: a receive waits. Flags as above
+ *     12 WITHDRAW entry           D: this entry no longer waits (a DECLINE may follow it)
+ *     13 GRANT match, size, [value]  D: the claim is accepted; a sender's carries the value
+ *     14 DECLINE match            D: the claim is refused, its entry is gone
+ *     15 TAKEN match              D: the value of a COMMIT is taken
+ *     16 DATA channel, value      D: a value within credit
+ *     17 CLOSE channel            D: no more values on channel 0
+ *     18 FRAGMENT id, bytes       more of the value whose GRANT (from D, id is the match) or COMMIT (from L, the entry) had none
+ *     20 CLAIM entry, match, flags, size, [value]   L: flags: 1 final (granting commits), 2 redelivered
+ *     21 COMMIT entry, match, flags, size, [value]  L: the engaged receive gets this value
+ *     22 RELEASE entry, match     L: the grant is not used, the entry waits again
+ *     23 ACCEPT entry, result     L: the send is over. result: 0 OK, else the negated result code
+ *     24 WITHDRAWN entry          L: the answer to a try that found nobody
+ *     25 CREDIT channel, n        L: n more values may be sent as DATA
+ *     26 CLOSED channel           L: after the last value
+ *     Unknown types are skipped. size is the encoded size of the value; a value over 16,256 bytes is never in the frame that names
+ *     its size: it is shipped in FRAGMENTs after GRANT or COMMIT. The commit protocol itself is described at [7].
+ */
+
+#ifndef NETCHAN_H
+#define NETCHAN_H
+
+#if defined(NETCHAN_IMPLEMENTATION) && defined(__STRICT_ANSI__) && !defined(__cplusplus)
+#ifndef _DEFAULT_SOURCE
+#define _DEFAULT_SOURCE 1 /* with -std=c99 the C library hides POSIX otherwise; must come before its first header */
+#endif
+#ifndef _DARWIN_C_SOURCE
+#define _DARWIN_C_SOURCE 1
+#endif
+#endif
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define NETCHAN_VERSION "0.1.0"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#ifndef NETCHANDEF
+#ifdef NETCHAN_STATIC
+#define NETCHANDEF static
+#else
+#define NETCHANDEF extern
+#endif
+#endif
+
+/* ====================================================================================================================
+ * [A] Results: 0 or negative.
+ * ================================================================================================================== */
+
+#define NETCHAN_RESULTS(X)                                                                                             \
+    X(OK, 0, "it happened")                                                                                            \
+    X(ECLOSED, -1, "the channel is closed")                                                                            \
+    X(ETIMEDOUT, -2, "the time is up; it did not happen and never will")                                               \
+    X(EINVAL, -3, "an argument is not valid")                                                                          \
+    X(ENOMEM, -4, "out of memory, or a limit on memory was reached")                                                   \
+    X(EADDR, -5, "the address cannot be used")                                                                         \
+    X(ENET, -6, "the network failed")                                                                                  \
+    X(EAUTH, -7, "one side does not trust the other")                                                                  \
+    X(EPROTO, -8, "the other side broke the protocol")                                                                 \
+    X(ETYPE, -9, "the value has another type")                                                                         \
+    X(ETOOBIG, -10, "the value is larger than a limit")                                                                \
+    X(ENOPEER, -11, "there is no such peer")                                                                           \
+    X(ELOST, -12, "the peer is gone; it certainly did not happen")                                                     \
+    X(EUNKNOWN, -13, "the peer is gone and only it knew whether it happened")                                          \
+    X(EFORK, -14, "this process is a fork of the one that made the object")
+
+#define NETCHAN_RESULT_ENUM(name, number, text) NETCHAN_##name = number,
+enum netchan_result { NETCHAN_RESULTS(NETCHAN_RESULT_ENUM) NETCHAN_RESULT_END = 1 };
+#undef NETCHAN_RESULT_ENUM
+
+/* A few words on a result code. Returns a constant string for any number, never NULL. */
+NETCHANDEF const char *netchan_strerror(int result);
+
+/* This thread's last failure as a sentence: what was attempted, on what, why, what to do. Returns "" before the first. The text is
+ * valid until this thread's next failing call. */
+NETCHANDEF const char *netchan_errmsg(void);
+
+/* ====================================================================================================================
+ * [B] Values: what travels. A plain tagged struct, 24 bytes where pointers have 64 bits.
+ * ================================================================================================================== */
+
+typedef struct netchan netchan;             /* a channel, or one end of it: opaque, counted, safe in any thread */
+typedef struct netchan_value netchan_value; /* one of the types below */
+typedef struct netchan_entry netchan_entry; /* one key and value of a map */
+typedef struct netchan_field netchan_field; /* one row of a struct table, see [C] */
+
+enum netchan_type {
+    NETCHAN_NIL,      /* nothing; what an all-zero netchan_value is */
+    NETCHAN_BOOL,     /* as.boolean */
+    NETCHAN_INT,      /* as.i64 */
+    NETCHAN_UINT,     /* as.u64 */
+    NETCHAN_FLOAT,    /* as.f64 */
+    NETCHAN_STR,      /* as.block: data is `const char *`, NUL-terminated when received; count excludes that NUL */
+    NETCHAN_BYTES,    /* as.block: data and count in bytes */
+    NETCHAN_ARRAY,    /* as.block: data is `const netchan_value *` */
+    NETCHAN_MAP,      /* as.block: data is `const netchan_entry *`; order and repeated keys are kept */
+    NETCHAN_SENDER,   /* as.chan: who receives this may send into it (not yet across machines: NETCHAN_ETYPE) */
+    NETCHAN_RECEIVER, /* as.chan: who receives this may receive from it (likewise) */
+    NETCHAN_I32S,     /* as.block: data is `const int32_t *`, packed; count in items, as for the next three */
+    NETCHAN_I64S,     /* `const int64_t *` */
+    NETCHAN_F32S,     /* `const float *` */
+    NETCHAN_F64S,     /* `const double *` */
+    NETCHAN_STRUCT    /* as.record: sent as a map of field names; a receiver sees NETCHAN_MAP */
+};
+
+struct netchan_value {
+    uint8_t type;  /* enum netchan_type */
+    uint8_t flags; /* private: whether netchan_clear() has something to free */
+    union {
+        bool boolean;
+        int64_t i64;
+        uint64_t u64;
+        double f64;
+        netchan *chan;
+        struct {
+            const void *data;
+            size_t count;
+        } block;
+        struct {
+            const void *data;
+            const netchan_field *fields;
+        } record;
+    } as;
+};
+
+struct netchan_entry {
+    const char *key;
+    netchan_value value;
+};
+
+/* Constructors. They allocate nothing and borrow: what the arguments point to must stay until the value was sent or copied. A NULL
+ * string is nil. */
+NETCHANDEF netchan_value netchan_nil(void);
+NETCHANDEF netchan_value netchan_bool(bool b);
+NETCHANDEF netchan_value netchan_int(int64_t i);
+NETCHANDEF netchan_value netchan_uint(uint64_t u);
+NETCHANDEF netchan_value netchan_float(double f);
+NETCHANDEF netchan_value netchan_str(const char *s);
+NETCHANDEF netchan_value netchan_strn(const char *s, size_t size); /* may hold NULs; size in bytes */
+NETCHANDEF netchan_value netchan_bytes(const void *data, size_t size);
+NETCHANDEF netchan_value netchan_array(const netchan_value *items, size_t count);
+NETCHANDEF netchan_value netchan_map(const netchan_entry *entries, size_t count); /* no key may be NULL */
+NETCHANDEF netchan_value netchan_struct(const netchan_field *fields, const void *data);
+NETCHANDEF netchan_value netchan_sender(netchan *ch);
+NETCHANDEF netchan_value netchan_receiver(netchan *ch);
+NETCHANDEF netchan_value netchan_i32s(const int32_t *items, size_t count);
+NETCHANDEF netchan_value netchan_i64s(const int64_t *items, size_t count);
+NETCHANDEF netchan_value netchan_f32s(const float *items, size_t count);
+NETCHANDEF netchan_value netchan_f64s(const double *items, size_t count);
+
+/* Frees what a received or copied value holds and makes it nil. Does nothing to a constructed value but make it nil, so it is always
+ * safe; of a received value only the value itself is cleared, never one that was looked up inside it. */
+NETCHANDEF void netchan_clear(netchan_value *v);
+
+/* Makes *to an independent deep copy in one allocation; clear it later. Whatever *to held is not freed. Returns OK, ENOMEM, or EINVAL
+ * when `from` cannot be a value (nested deeper than NETCHAN_MAX_DEPTH, a NULL key, a type that does not exist); *to is nil then. */
+NETCHANDEF int netchan_copy(netchan_value *to, const netchan_value *from);
+
+/* Looking into a value never fails: what is not there is nil, what has another type is the fallback. Results are borrowed from v. */
+NETCHANDEF const netchan_value *netchan_at(const netchan_value *v, size_t index);     /* item of an array, or nil; never NULL */
+NETCHANDEF const netchan_value *netchan_get(const netchan_value *v, const char *key); /* first entry of a map, or nil */
+NETCHANDEF bool netchan_as_bool(const netchan_value *v, bool fallback);
+NETCHANDEF int64_t netchan_as_int(const netchan_value *v, int64_t fallback);     /* int, or uint that fits */
+NETCHANDEF uint64_t netchan_as_uint(const netchan_value *v, uint64_t fallback);  /* uint, or int that fits */
+NETCHANDEF double netchan_as_float(const netchan_value *v, double fallback);     /* float, int or uint */
+NETCHANDEF const char *netchan_as_str(const netchan_value *v, const char *fallback);
+NETCHANDEF netchan *netchan_as_chan(const netchan_value *v); /* NULL unless sender or receiver; retain it to keep it */
+NETCHANDEF bool netchan_is_nil(const netchan_value *v);
+/* Items of an array or packed array, entries of a map, bytes of a string (without its NUL) or of bytes; 0 for all other types. */
+NETCHANDEF size_t netchan_count(const netchan_value *v);
+/* The block of a str, bytes or packed array (say which) and its item count (may be NULL); NULL when v has another type. */
+NETCHANDEF const void *netchan_as_block(const netchan_value *v, enum netchan_type type, size_t *count);
+
+/* The serializer alone, for files or for other carriers. netchan_encode() writes at most `size` bytes to `out` and sets *used to the bytes
+ * the value needs, also when they do not fit (out may be NULL when size is 0). Returns OK, ETOOBIG when it does not fit, EINVAL as
+ * netchan_copy(), or ETYPE when the value holds a channel. */
+NETCHANDEF int netchan_encode(const netchan_value *v, void *out, size_t size, size_t *used);
+/* Decodes exactly `size` bytes into one new allocation of at most max_block bytes (0: no limit); clear *v later. Returns OK, EPROTO
+ * when the bytes are not one whole value, ETOOBIG when it would need more than max_block, or ENOMEM; *v is nil then. */
+NETCHANDEF int netchan_decode(netchan_value *v, const void *data, size_t size, size_t max_block);
+
+/* ====================================================================================================================
+ * [C] Struct tables: C structs as values, by field name.
+ *
+ *     typedef struct { int64_t when; const char *note; } reading;
+ *     static const netchan_field reading_fields[] = {
+ *         NETCHAN_FIELD(reading, when, I64), NETCHAN_FIELD(reading, note, STR), NETCHAN_FIELDS_END };
+ *     netchan_send(ch, netchan_struct(reading_fields, &r), NETCHAN_FOREVER);
+ *     ...
+ *     if (netchan_unpack(&v, reading_fields, &r) == NETCHAN_OK) ...
+ *
+ * A member whose C type is not that of its row does not compile. As in Go's gob, names the reader does not know are skipped
+ * and members the writer did not send stay as they are (zero, if the struct was).
+ * ================================================================================================================== */
+
+typedef enum netchan_kind {
+    NETCHAN_KIND_END,
+    NETCHAN_KIND_BOOL,
+    NETCHAN_KIND_I32,
+    NETCHAN_KIND_I64,
+    NETCHAN_KIND_U32,
+    NETCHAN_KIND_U64,
+    NETCHAN_KIND_F32,
+    NETCHAN_KIND_F64,
+    NETCHAN_KIND_STR,   /* const char *; nil when NULL; unpacked, it points into the value */
+    NETCHAN_KIND_VALUE, /* netchan_value, anything; unpacked, it is borrowed from the value: never clear it */
+    NETCHAN_KIND_STRUCT
+} netchan_kind;
+
+struct netchan_field {
+    const char *name;
+    size_t offset;
+    netchan_kind kind;
+    const netchan_field *fields; /* of a nested struct */
+};
+
+typedef bool netchan_c_BOOL;
+typedef int32_t netchan_c_I32;
+typedef int64_t netchan_c_I64;
+typedef uint32_t netchan_c_U32;
+typedef uint64_t netchan_c_U64;
+typedef float netchan_c_F32;
+typedef double netchan_c_F64;
+typedef const char *netchan_c_STR;
+
+/* A size that does not compile unless the member's type is ctype: C makes `void` of two pointers without a common type, which no function
+ * takes; C++ converts no pointer to a pointer to another type. */
+#ifdef __cplusplus
+#define NETCHAN_PROOF(T, member, ctype) sizeof(((char (*)(ctype *))0)(&((T *)0)->member))
+#else
+#define NETCHAN_PROOF(T, member, ctype) sizeof(((char (*)(ctype))0)(*(1 ? &((T *)0)->member : (ctype *)0)))
+#endif
+#define NETCHAN_ROW(T, member, ctype, kind, table) { #member, offsetof(T, member) + 0 * NETCHAN_PROOF(T, member, ctype), kind, table }
+
+/* kind: BOOL, I32, I64, U32, U64, F32, F64 or STR. */
+#define NETCHAN_FIELD(T, member, kind) NETCHAN_ROW(T, member, netchan_c_##kind, NETCHAN_KIND_##kind, NULL)
+/* A member that is a netchan_value. */
+#define NETCHAN_FIELD_VALUE(T, member) NETCHAN_ROW(T, member, netchan_value, NETCHAN_KIND_VALUE, NULL)
+/* A member that is a struct of type `inner` with a table of its own. */
+#define NETCHAN_FIELD_STRUCT(T, member, inner, table) NETCHAN_ROW(T, member, inner, NETCHAN_KIND_STRUCT, table)
+#define NETCHAN_FIELDS_END { NULL, 0, NETCHAN_KIND_END, NULL }
+
+/* Fills *out from a map, by the table. All fields are checked before the first is written. Returns OK, or ETYPE when v is not a map or a
+ * field has another type or is out of range: netchan_errmsg() names it. Strings and values in *out are borrowed from v. */
+NETCHANDEF int netchan_unpack(const netchan_value *v, const netchan_field *fields, void *out);
+
+/* ====================================================================================================================
+ * [D] Channels and select.
+ * ================================================================================================================== */
+
+#define NETCHAN_FOREVER (-1) /* as timeout_ms: wait as long as it takes */
+#define NETCHAN_NOWAIT 0     /* as timeout_ms: do not wait */
+
+/* Which process took or sent a value. 0 is this process. A number is given to each session and never used again. */
+typedef struct netchan_peer {
+    uint64_t id;
+} netchan_peer;
+
+/* Makes a channel. capacity counts values; 0 makes each send a rendezvous. Returns NULL when out of memory. */
+NETCHANDEF netchan *netchan_make(size_t capacity);
+NETCHANDEF netchan *netchan_retain(netchan *ch); /* Counts one more holder and returns ch. NULL is returned as it is. */
+/* Counts one holder less; the last frees the channel and the values in it. NULL is allowed. Nobody may be waiting on it then. */
+NETCHANDEF void netchan_free(netchan *ch);
+
+/* Sends a copy of v. Returns OK when a receiver took it (capacity 0) or the buffer did; ETIMEDOUT, ECLOSED; ENOMEM; EINVAL for a
+ * receiver end or for what cannot be a value; ETYPE when v holds a channel and ch leads to another process; ETOOBIG when v is
+ * larger than the peer takes; ELOST or EUNKNOWN. With ch NULL it waits for timeout_ms, as in Go. */
+NETCHANDEF int netchan_send(netchan *ch, netchan_value v, int timeout_ms);
+/* Receives into *v; the caller clears it. v may be NULL to drop the value. On any result but OK *v is nil. Returns OK; ECLOSED when
+ * the channel is closed and empty; ETIMEDOUT; EINVAL for a sender end; ENOMEM; ELOST. */
+NETCHANDEF int netchan_recv(netchan *ch, netchan_value *v, int timeout_ms);
+/* No more values will be sent. Those already in the channel can still be received; then receives return ECLOSED. Sends that wait
+ * return ECLOSED. Does not wait and does not free. Returns OK, ECLOSED when it was closed before, or EINVAL on a receiver end. */
+NETCHANDEF int netchan_close(netchan *ch);
+/* Values in the buffer; at the dialling end of a link what this process knows of it. */
+NETCHANDEF size_t netchan_len(netchan *ch);
+/* The capacity; of a listener's recv, the sum over its peers. */
+NETCHANDEF size_t netchan_cap(netchan *ch);
+
+/* One case of a select. Make it with the two functions below; read the last three members after netchan_select(). */
+typedef struct netchan_case {
+    netchan *ch;         /* NULL: never ready */
+    bool is_send;
+    netchan_value value; /* what to send; borrowed */
+    netchan_value *into; /* where to receive; NULL drops the value */
+    int result;          /* of the case that happened: OK, ECLOSED, ELOST, EUNKNOWN, ETOOBIG; of the others ETIMEDOUT */
+    netchan_peer peer;   /* who took or sent the value */
+    bool redelivered;    /* this value was shipped to a peer before, which was lost and may have taken it */
+} netchan_case;
+
+NETCHANDEF netchan_case netchan_case_send(netchan *ch, netchan_value v);
+NETCHANDEF netchan_case netchan_case_recv(netchan *ch, netchan_value *v);
+
+/* Waits until exactly one of the cases happens; if several can, one of them by chance. A case on a closed channel can always happen, with
+ * result ECLOSED. One channel may be in several cases; two cases of one select never serve each other. Returns the index of the
+ * case (look at its result), or ETIMEDOUT, EINVAL, ENOMEM, ETYPE; with no case that has a channel it waits for timeout_ms. */
+NETCHANDEF int netchan_select(netchan_case *cases, size_t count, int timeout_ms);
+
+/* ====================================================================================================================
+ * [E] Links: channels to other processes.
+ * ================================================================================================================== */
+
+typedef struct netchan_options {
+    /* Whom to trust: exactly one. */
+    const char *shared_key; /* a secret both sides know, at least 32 characters; netchan_keygen() makes one */
+    const char *pin;        /* the peer's public key, as netchan_fingerprint() tells it: "sha256:<64 hex digits>" */
+    bool insecure;          /* encrypt, but trust anybody */
+
+    /* Who we are, with pin (default: a fresh self-signed P-256 certificate). */
+    const char *cert;     /* a path, or PEM text */
+    const char *cert_key; /* its private key: a path, or PEM text */
+
+    /* Limits. 0 means the default, in brackets. */
+    size_t buffer;      /* values that may be sent on link->send and not yet taken [0: each send is a rendezvous] */
+    size_t max_message; /* bytes of one encoded value that may come in [128 MiB] */
+    size_t max_memory;  /* bytes that one peer's values may occupy here; at least twice max_message [twice max_message] */
+    size_t max_ops;     /* operations of one peer that may wait here [65536] */
+    size_t max_peers;   /* listening: connected peers [10000] */
+    int connect_ms;     /* dialling: how long the first connection may take, negative: for ever [10000] */
+    int linger_ms;      /* how long netchan_hangup() may wait for values to be taken, negative: for ever [5000] */
+    int ping_ms;        /* a heartbeat after this much silence; after three times as much the link is given up [5000] */
+    bool no_redelivery; /* listening: values of unknown fate are counted instead of sent to another peer */
+
+    /* Told what happens: level 0 error, 1 warning, 2 information. Called from the library's thread without locks; must not block. */
+    void (*log)(void *arg, int level, const char *text);
+    void *log_arg;
+} netchan_options;
+
+typedef struct netchan_link {
+    /* To the peer. On a listening link: to the first peer that is ready to receive; no two get the same value. Only for sends. */
+    netchan *send;
+    /* From the peer; on a listening link from all peers, each in its turn. A peer that closes its channel leaves this open to the
+     * others. Only for receives. */
+    netchan *recv;
+    /* What happened, as maps: {"event": ..., "peer": uint, "address": str, ...}. Receive from it, or do not: it holds the newest 64.
+     * "up"       a peer is connected. "listening": bool
+     * "down"     its session ended. "reason": str; "unknown": uint, values whose fate only the peer knew
+     * "rejected" a stranger was turned away. "reason": str
+     * "closed"   the peer closed its sending channel, and all its values were received
+     * "dropped": uint stands in an event when older events were dropped before it. */
+    netchan *events;
+    const char *address; /* the address bound or dialled, with the real port */
+} netchan_link;
+
+typedef struct netchan_report {
+    size_t undelivered; /* values that were sent with OK and were certainly not taken */
+    size_t unknown;     /* values of which only the peer knew */
+} netchan_report;
+
+/* Listens on "host:port", "[ipv6]:port" or ":port" (all addresses); port 0 picks a free one, see link->address. options is copied. Returns
+ * NULL with netchan_errmsg(): the address, the options, the key or the system's limits were not good. */
+NETCHANDEF netchan_link *netchan_listen(const char *address, const netchan_options *options);
+/* Connects to a listener and proves both sides; waits up to connect_ms, also for a listener that is not there yet. Later a lost link is
+ * dialled again for ever. Returns NULL with netchan_errmsg() when it could not be reached in time, or at once when either side
+ * does not trust the other. */
+NETCHANDEF netchan_link *netchan_dial(const char *address, const netchan_options *options);
+/* Waits up to linger_ms until all that was sent is taken, ends the connections, and frees the link. Operations that still wait on its
+ * channels end with ECLOSED (EUNKNOWN if they were being committed). *report (may be NULL) tells what was not delivered. Returns OK, or
+ * ETIMEDOUT when values were left; the link is gone all the same. NULL is allowed. */
+NETCHANDEF int netchan_hangup(netchan_link *link, netchan_report *report);
+
+#define NETCHAN_KEY_SIZE 65         /* bytes of a generated key, with its NUL */
+#define NETCHAN_FINGERPRINT_SIZE 72 /* bytes of a fingerprint, with its NUL */
+
+/* Makes a fresh shared key of 64 hexadecimal digits (256 bits). size must be at least NETCHAN_KEY_SIZE. Returns OK, EINVAL, or ENET when
+ * the system gives no randomness. */
+NETCHANDEF int netchan_keygen(char *out, size_t size);
+/* The fingerprint of a certificate (a path, or PEM text), to be given to the other side as its pin. size must be at least
+ * NETCHAN_FINGERPRINT_SIZE. Returns OK, or EINVAL when it cannot be read. */
+NETCHANDEF int netchan_fingerprint(const char *cert, char *out, size_t size);
+
+/* ====================================================================================================================
+ * [F] Configuration: define these before the implementation to change them.
+ *
+ *   NETCHAN_MALLOC, NETCHAN_REALLOC, NETCHAN_FREE   the allocator, all three or none [malloc, realloc, free]
+ *   NETCHAN_ASSERT(x)                               checks of our own bugs, never of input [assert]
+ *   NETCHAN_MAX_DEPTH                               how deep values may be nested [64]
+ *   NETCHAN_STATIC                                  all functions static: the library private to one file
+ *   NETCHANDEF                                      how functions are declared [extern]
+ * ================================================================================================================== */
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* NETCHAN_H */
+
+#if defined(NETCHAN_IMPLEMENTATION) && !defined(NETCHAN_IMPLEMENTED)
+#define NETCHAN_IMPLEMENTED
+
+/* ====================================================================================================================
+ * [1] Platform: headers, configuration, the checks that give one sentence instead of a hundred errors.
+ * ================================================================================================================== */
+
+#include <arpa/inet.h>
+#include <assert.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/types.h>
+#include <time.h>
+#include <unistd.h>
+
+#ifndef CLOCK_MONOTONIC
+#error netchan.h: POSIX is hidden here (as with -std=c99). Include netchan.h before any system header, or compile with -D_DEFAULT_SOURCE.
+#endif
+
+#include <mbedtls/version.h>
+#if MBEDTLS_VERSION_NUMBER < 0x03060000
+#error netchan.h needs mbedTLS 3.6 or newer. Install it, or run "make deps" in the netchan repository and compile against build/mbedtls.
+#elif !defined(MBEDTLS_SSL_PROTO_TLS1_3) || !defined(MBEDTLS_SSL_TLS1_3_KEY_EXCHANGE_MODE_PSK_EPHEMERAL_ENABLED)
+#error netchan.h needs TLS 1.3, and this mbedTLS was built without it. Build mbedTLS in its default configuration.
+#endif
+#include <mbedtls/ecp.h>
+#include <mbedtls/error.h>
+#include <mbedtls/pk.h>
+#include <mbedtls/platform_util.h>
+#include <mbedtls/sha256.h>
+#include <mbedtls/ssl.h>
+#include <mbedtls/x509_crt.h>
+#include <psa/crypto.h>
+#include <mbedtls/psa_util.h>
+
+#ifndef NETCHAN_MALLOC
+#define NETCHAN_MALLOC(size) malloc(size)
+#define NETCHAN_REALLOC(ptr, size) realloc(ptr, size)
+#define NETCHAN_FREE(ptr) free(ptr)
+#endif
+#ifndef NETCHAN_ASSERT
+#define NETCHAN_ASSERT(x) assert(x)
+#endif
+#ifndef NETCHAN_MAX_DEPTH
+#define NETCHAN_MAX_DEPTH 64
+#endif
+
+#ifdef __cplusplus
+#define NETCHAN__THREAD_LOCAL thread_local
+extern "C" {
+#else
+#define NETCHAN__THREAD_LOCAL __thread
+#endif
+
+#if defined(__GNUC__)
+#define NETCHAN__PRINTF(text, first) __attribute__((format(printf, text, first)))
+#else
+#define NETCHAN__PRINTF(text, first)
+#endif
+
+/* ====================================================================================================================
+ * [2] Bytes and maps: memory, growing buffers, varints, a hash map from numbers to pointers. No locks; pure.
+ * ================================================================================================================== */
+
+static void *netchan__alloc(size_t size) {
+    void *p = NETCHAN_MALLOC(size ? size : 1);
+    if (p) memset(p, 0, size);
+    return p;
+}
+
+/* Bytes [start, end) of data are in use. */
+typedef struct netchan__buf {
+    uint8_t *data;
+    size_t start, end, cap;
+} netchan__buf;
+
+static size_t netchan__buf_size(const netchan__buf *b) {
+    return b->end - b->start;
+}
+
+static void netchan__buf_free(netchan__buf *b) {
+    NETCHAN_FREE(b->data);
+    memset(b, 0, sizeof *b);
+}
+
+/* Makes room for `size` more bytes at the end. Returns where they go, or NULL when out of memory (nothing changed). */
+static uint8_t *netchan__buf_reserve(netchan__buf *b, size_t size) {
+    if (b->cap - b->end >= size && b->data) return b->data + b->end;
+    size_t used = netchan__buf_size(b);
+    if (b->start >= used && b->cap - used >= size && b->data) { /* moving down at most what was consumed is amortised */
+        memcpy(b->data, b->data + b->start, used);
+    } else {
+        size_t cap = b->cap ? b->cap : 256;
+        while (cap - used < size) {
+            if (cap > SIZE_MAX / 2) return NULL;
+            cap *= 2;
+        }
+        uint8_t *data = (uint8_t *)NETCHAN_MALLOC(cap);
+        if (!data) return NULL;
+        if (used) memcpy(data, b->data + b->start, used);
+        NETCHAN_FREE(b->data);
+        b->data = data;
+        b->cap = cap;
+    }
+    b->start = 0;
+    b->end = used;
+    return b->data + used;
+}
+
+static bool netchan__buf_append(netchan__buf *b, const void *data, size_t size) {
+    uint8_t *to = netchan__buf_reserve(b, size);
+    if (!to) return false;
+    if (size) memcpy(to, data, size);
+    b->end += size;
+    return true;
+}
+
+/* Drops bytes from the front; an emptied large buffer gives its memory back, so that idle peers cost little. */
+static void netchan__buf_consume(netchan__buf *b, size_t size) {
+    NETCHAN_ASSERT(size <= netchan__buf_size(b));
+    b->start += size;
+    if (b->start < b->end) return;
+    if (b->cap > 4096) netchan__buf_free(b);
+    b->start = b->end = 0;
+}
+
+static size_t netchan__varint_size(uint64_t n) {
+    size_t size = 1;
+    while (n >= 0x80) n >>= 7, size++;
+    return size;
+}
+
+static uint8_t *netchan__varint_put(uint8_t *p, uint64_t n) {
+    while (n >= 0x80) {
+        *p++ = (uint8_t)(n | 0x80);
+        n >>= 7;
+    }
+    *p++ = (uint8_t)n;
+    return p;
+}
+
+/* Reads from [p, end). Once something was missing or malformed `bad` stays set and all further reads give 0. */
+typedef struct netchan__reader {
+    const uint8_t *p, *end;
+    bool bad;
+} netchan__reader;
+
+static size_t netchan__left(const netchan__reader *r) {
+    return (size_t)(r->end - r->p);
+}
+
+static const uint8_t *netchan__read_bytes(netchan__reader *r, uint64_t size) {
+    if (r->bad || size > netchan__left(r)) {
+        r->bad = true;
+        return NULL;
+    }
+    const uint8_t *p = r->p;
+    r->p += size;
+    return p;
+}
+
+static uint64_t netchan__read_varint(netchan__reader *r) {
+    uint64_t n = 0;
+    for (unsigned shift = 0; shift < 64; shift += 7) {
+        const uint8_t *p = netchan__read_bytes(r, 1);
+        if (!p) return 0;
+        if (shift == 63 && *p > 1) break;
+        n |= (uint64_t)(*p & 0x7f) << shift;
+        if (*p < 0x80) return n;
+    }
+    r->bad = true;
+    return 0;
+}
+
+/* Little-endian numbers, whatever the machine's order. memcpy and a byte loop compile to one load on the usual ones. */
+static uint64_t netchan__load(const uint8_t *p, size_t size) {
+    uint64_t n = 0;
+    for (size_t i = 0; i < size; i++) n |= (uint64_t)p[i] << (8 * i);
+    return n;
+}
+
+static void netchan__store(uint8_t *p, uint64_t n, size_t size) {
+    for (size_t i = 0; i < size; i++) p[i] = (uint8_t)(n >> (8 * i));
+}
+
+/* Open addressing with linear probing and deletion by shifting back (Knuth, TAOCP 6.4, algorithm R). Key 0 marks a free slot. */
+typedef struct netchan__map_slot {
+    uint64_t key;
+    void *item;
+} netchan__map_slot;
+
+typedef struct netchan__map {
+    netchan__map_slot *slots;
+    size_t count, cap; /* cap is a power of two */
+} netchan__map;
+
+static size_t netchan__map_home(const netchan__map *m, uint64_t key) {
+    return (size_t)((key * 0x9E3779B97F4A7C15u) >> 32) & (m->cap - 1); /* Fibonacci hashing, Knuth, TAOCP 6.4 */
+}
+
+static void *netchan__map_get(const netchan__map *m, uint64_t key) {
+    if (!m->count) return NULL;
+    for (size_t i = netchan__map_home(m, key); m->slots[i].key; i = (i + 1) & (m->cap - 1))
+        if (m->slots[i].key == key) return m->slots[i].item;
+    return NULL;
+}
+
+static bool netchan__map_grow(netchan__map *m) {
+    netchan__map bigger = {NULL, m->count, m->cap ? m->cap * 2 : 16};
+    bigger.slots = (netchan__map_slot *)netchan__alloc(bigger.cap * sizeof *bigger.slots);
+    if (!bigger.slots) return false;
+    for (size_t j = 0; j < m->cap; j++) {
+        if (!m->slots[j].key) continue;
+        size_t i = netchan__map_home(&bigger, m->slots[j].key);
+        while (bigger.slots[i].key) i = (i + 1) & (bigger.cap - 1);
+        bigger.slots[i] = m->slots[j];
+    }
+    NETCHAN_FREE(m->slots);
+    *m = bigger;
+    return true;
+}
+
+/* The key must be new. Returns false when out of memory. */
+static bool netchan__map_put(netchan__map *m, uint64_t key, void *item) {
+    NETCHAN_ASSERT(key != 0);
+    if (m->count * 4 >= m->cap * 3 && !netchan__map_grow(m)) return false;
+    size_t i = netchan__map_home(m, key);
+    while (m->slots[i].key) i = (i + 1) & (m->cap - 1);
+    m->slots[i].key = key;
+    m->slots[i].item = item;
+    m->count++;
+    return true;
+}
+
+static void netchan__map_remove(netchan__map *m, uint64_t key) {
+    if (!m->count) return;
+    size_t mask = m->cap - 1, i = netchan__map_home(m, key);
+    while (m->slots[i].key != key) {
+        if (!m->slots[i].key) return;
+        i = (i + 1) & mask;
+    }
+    for (size_t j = (i + 1) & mask; m->slots[j].key; j = (j + 1) & mask) {
+        size_t home = netchan__map_home(m, m->slots[j].key);
+        if (((j - home) & mask) < ((j - i) & mask)) continue; /* it would move before its home */
+        m->slots[i] = m->slots[j];
+        i = j;
+    }
+    m->slots[i].key = 0;
+    m->count--;
+}
+
+static void netchan__map_free(netchan__map *m) {
+    NETCHAN_FREE(m->slots);
+    memset(m, 0, sizeof *m);
+}
+
+/* ====================================================================================================================
+ * [3] Errors: sentences built where the failure happens, one per thread.
+ * ================================================================================================================== */
+
+static NETCHAN__THREAD_LOCAL char netchan__sentence[512];
+static NETCHAN__THREAD_LOCAL const char *netchan__message = "";
+
+NETCHANDEF const char *netchan_strerror(int result) {
+    switch (result) {
+#define NETCHAN__RESULT_TEXT(name, number, text)                                                                       \
+    case number:                                                                                                       \
+        return text;
+        NETCHAN_RESULTS(NETCHAN__RESULT_TEXT)
+#undef NETCHAN__RESULT_TEXT
+    default:
+        return result > 0 ? "an index, not a result" : "an unknown result";
+    }
+}
+
+NETCHANDEF const char *netchan_errmsg(void) {
+    return netchan__message;
+}
+
+/* Sets this thread's sentence and returns the code. */
+static int netchan__fail(int code, const char *format, ...) NETCHAN__PRINTF(2, 3);
+static int netchan__fail(int code, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    vsnprintf(netchan__sentence, sizeof netchan__sentence, format, args);
+    va_end(args);
+    netchan__message = netchan__sentence;
+    return code;
+}
+
+/* The same for results that are part of normal life and must cost nothing. */
+static int netchan__note(int code, const char *sentence) {
+    if (code != NETCHAN_OK) netchan__message = sentence;
+    return code;
+}
+
+static int netchan__fail_memory(const char *function) {
+    return netchan__fail(NETCHAN_ENOMEM, "%s: out of memory; nothing was done", function);
+}
+
+/* ====================================================================================================================
+ * [4] Values: TLV encode and decode as pure functions; no locks. A value that owns memory owns one block, which begins
+ * at its as.block.data; everything inside it points into that block. Encoding is written from the back, so that every
+ * LEN is known when it is written and each value is visited once to measure and once to write.
+ * Invariant: decoding what encoding made gives an equal value; decoding anything else gives a value or an error, reads no byte
+ * outside and allocates at most once, after everything was checked.
+ * ================================================================================================================== */
+
+enum { NETCHAN__OWNED = 1, NETCHAN__HAS_CHANNELS = 2 };
+
+enum netchan__tag {
+    NETCHAN__TAG_STR0 = 0x40,
+    NETCHAN__TAG_NIL = 0x80,
+    NETCHAN__TAG_FALSE,
+    NETCHAN__TAG_TRUE,
+    NETCHAN__TAG_INT,
+    NETCHAN__TAG_UINT,
+    NETCHAN__TAG_FLOAT,
+    NETCHAN__TAG_STR,
+    NETCHAN__TAG_BYTES,
+    NETCHAN__TAG_ARRAY,
+    NETCHAN__TAG_MAP,
+    NETCHAN__TAG_END,
+    NETCHAN__TAG_I32S,
+    NETCHAN__TAG_I64S,
+    NETCHAN__TAG_F32S,
+    NETCHAN__TAG_F64S
+};
+
+static const netchan_value netchan__nil_value = {NETCHAN_NIL, 0, {false}};
+
+static netchan_value netchan__make_value(enum netchan_type type) {
+    netchan_value v;
+    memset(&v, 0, sizeof v);
+    v.type = (uint8_t)type;
+    return v;
+}
+
+static netchan_value netchan__make_block(enum netchan_type type, const void *data, size_t count) {
+    netchan_value v = netchan__make_value(type);
+    v.as.block.data = data;
+    v.as.block.count = count;
+    return v;
+}
+
+NETCHANDEF netchan_value netchan_nil(void) {
+    return netchan__nil_value;
+}
+
+NETCHANDEF netchan_value netchan_bool(bool b) {
+    netchan_value v = netchan__make_value(NETCHAN_BOOL);
+    v.as.boolean = b;
+    return v;
+}
+
+NETCHANDEF netchan_value netchan_int(int64_t i) {
+    netchan_value v = netchan__make_value(NETCHAN_INT);
+    v.as.i64 = i;
+    return v;
+}
+
+NETCHANDEF netchan_value netchan_uint(uint64_t u) {
+    netchan_value v = netchan__make_value(NETCHAN_UINT);
+    v.as.u64 = u;
+    return v;
+}
+
+NETCHANDEF netchan_value netchan_float(double f) {
+    netchan_value v = netchan__make_value(NETCHAN_FLOAT);
+    v.as.f64 = f;
+    return v;
+}
+
+NETCHANDEF netchan_value netchan_strn(const char *s, size_t size) {
+    return s ? netchan__make_block(NETCHAN_STR, s, size) : netchan__nil_value;
+}
+
+NETCHANDEF netchan_value netchan_str(const char *s) {
+    return netchan_strn(s, s ? strlen(s) : 0);
+}
+
+NETCHANDEF netchan_value netchan_bytes(const void *data, size_t size) {
+    return netchan__make_block(NETCHAN_BYTES, data, size);
+}
+
+NETCHANDEF netchan_value netchan_array(const netchan_value *items, size_t count) {
+    return netchan__make_block(NETCHAN_ARRAY, items, count);
+}
+
+NETCHANDEF netchan_value netchan_map(const netchan_entry *entries, size_t count) {
+    return netchan__make_block(NETCHAN_MAP, entries, count);
+}
+
+NETCHANDEF netchan_value netchan_struct(const netchan_field *fields, const void *data) {
+    netchan_value v = netchan__make_value(NETCHAN_STRUCT);
+    v.as.record.data = data;
+    v.as.record.fields = fields;
+    return v;
+}
+
+static netchan_value netchan__make_end(enum netchan_type type, netchan *ch) {
+    netchan_value v = netchan__make_value(ch ? type : NETCHAN_NIL);
+    v.as.chan = ch;
+    return v;
+}
+
+NETCHANDEF netchan_value netchan_sender(netchan *ch) {
+    return netchan__make_end(NETCHAN_SENDER, ch);
+}
+
+NETCHANDEF netchan_value netchan_receiver(netchan *ch) {
+    return netchan__make_end(NETCHAN_RECEIVER, ch);
+}
+
+NETCHANDEF netchan_value netchan_i32s(const int32_t *items, size_t count) {
+    return netchan__make_block(NETCHAN_I32S, items, count);
+}
+
+NETCHANDEF netchan_value netchan_i64s(const int64_t *items, size_t count) {
+    return netchan__make_block(NETCHAN_I64S, items, count);
+}
+
+NETCHANDEF netchan_value netchan_f32s(const float *items, size_t count) {
+    return netchan__make_block(NETCHAN_F32S, items, count);
+}
+
+NETCHANDEF netchan_value netchan_f64s(const double *items, size_t count) {
+    return netchan__make_block(NETCHAN_F64S, items, count);
+}
+
+static bool netchan__is_block(const netchan_value *v) {
+    return (v->type >= NETCHAN_STR && v->type <= NETCHAN_MAP) || (v->type >= NETCHAN_I32S && v->type <= NETCHAN_F64S);
+}
+
+static bool netchan__is_chan(const netchan_value *v) {
+    return v->type == NETCHAN_SENDER || v->type == NETCHAN_RECEIVER;
+}
+
+/* Bytes of one item of a block type in memory. */
+static size_t netchan__item_size(uint8_t type) {
+    switch (type) {
+    case NETCHAN_ARRAY: return sizeof(netchan_value);
+    case NETCHAN_MAP: return sizeof(netchan_entry);
+    case NETCHAN_I32S: case NETCHAN_F32S: return 4;
+    case NETCHAN_I64S: case NETCHAN_F64S: return 8;
+    default: return 1;
+    }
+}
+
+/* The i-th row of a struct as an entry of a map; false after the last. */
+static bool netchan__row(const netchan_value *v, size_t i, netchan_entry *e) {
+    const netchan_field *f = &v->as.record.fields[i];
+    if (f->kind == NETCHAN_KIND_END) return false;
+    const char *at = (const char *)v->as.record.data + f->offset;
+    e->key = f->name;
+    switch (f->kind) {
+    case NETCHAN_KIND_BOOL: e->value = netchan_bool(*(const bool *)at); break;
+    case NETCHAN_KIND_I32: e->value = netchan_int(*(const int32_t *)(const void *)at); break;
+    case NETCHAN_KIND_I64: e->value = netchan_int(*(const int64_t *)(const void *)at); break;
+    case NETCHAN_KIND_U32: e->value = netchan_uint(*(const uint32_t *)(const void *)at); break;
+    case NETCHAN_KIND_U64: e->value = netchan_uint(*(const uint64_t *)(const void *)at); break;
+    case NETCHAN_KIND_F32: e->value = netchan_float((double)*(const float *)(const void *)at); break;
+    case NETCHAN_KIND_F64: e->value = netchan_float(*(const double *)(const void *)at); break;
+    case NETCHAN_KIND_STR: e->value = netchan_str(*(const char *const *)(const void *)at); break;
+    case NETCHAN_KIND_VALUE: e->value = *(const netchan_value *)(const void *)at; break;
+    case NETCHAN_KIND_STRUCT: e->value = netchan_struct(f->fields, at); break;
+    case NETCHAN_KIND_END: return false;
+    }
+    return true;
+}
+
+static size_t netchan__row_count(const netchan_value *v) {
+    size_t n = 0;
+    while (v->as.record.fields[n].kind != NETCHAN_KIND_END) n++;
+    return n;
+}
+
+/* The i-th entry of a map or struct, or item of an array (key is "" then); false after the last. */
+static bool netchan__child(const netchan_value *v, size_t i, netchan_entry *e) {
+    if (v->type == NETCHAN_STRUCT) return netchan__row(v, i, e);
+    if (i >= v->as.block.count) return false;
+    if (v->type == NETCHAN_MAP) {
+        *e = ((const netchan_entry *)v->as.block.data)[i];
+    } else {
+        e->key = "";
+        e->value = ((const netchan_value *)v->as.block.data)[i];
+    }
+    return true;
+}
+
+static bool netchan__has_children(const netchan_value *v) {
+    return v->type == NETCHAN_ARRAY || v->type == NETCHAN_MAP || v->type == NETCHAN_STRUCT;
+}
+
+static size_t netchan__child_count(const netchan_value *v) {
+    return v->type == NETCHAN_STRUCT ? netchan__row_count(v) : v->as.block.count;
+}
+
+static size_t netchan__align(size_t size) {
+    return (size + 7) & ~(size_t)7;
+}
+
+/* What a value needs: bytes on the wire, bytes of its block in memory, whether channels are in it. */
+typedef struct netchan__measure {
+    size_t wire, block;
+    bool channels;
+} netchan__measure;
+
+static uint64_t netchan__zigzag(int64_t i) {
+    return ((uint64_t)i << 1) ^ (i < 0 ? UINT64_MAX : 0);
+}
+
+static size_t netchan__length_prefixed(size_t payload) {
+    return 1 + netchan__varint_size(payload) + payload;
+}
+
+static int netchan__measure_value(const netchan_value *v, unsigned depth, netchan__measure *m);
+
+static int netchan__measure_children(const netchan_value *v, unsigned depth, netchan__measure *m) {
+    size_t count = netchan__child_count(v);
+    if (count && v->type != NETCHAN_STRUCT && !v->as.block.data)
+        return netchan__fail(NETCHAN_EINVAL, "this value is an array or map of %zu items with a NULL pointer", count);
+    netchan__measure inner = {0, 0, false};
+    netchan_entry e;
+    for (size_t i = 0; netchan__child(v, i, &e); i++) {
+        if (!e.key) return netchan__fail(NETCHAN_EINVAL, "entry %zu of a map has a NULL key; give it a name", i);
+        if (v->type != NETCHAN_ARRAY) {
+            size_t length = strlen(e.key);
+            inner.wire += netchan__varint_size(length) + length;
+            inner.block += netchan__align(length + 1);
+        }
+        int result = netchan__measure_value(&e.value, depth + 1, &inner);
+        if (result != NETCHAN_OK) return result;
+    }
+    m->wire += netchan__length_prefixed(netchan__varint_size(count) + inner.wire);
+    m->block += count * netchan__item_size(v->type == NETCHAN_ARRAY ? NETCHAN_ARRAY : NETCHAN_MAP) + inner.block;
+    m->channels |= inner.channels;
+    return NETCHAN_OK;
+}
+
+/* Adds what v needs to *m. EINVAL when v cannot be a value. */
+static int netchan__measure_value(const netchan_value *v, unsigned depth, netchan__measure *m) {
+    if (depth > NETCHAN_MAX_DEPTH)
+        return netchan__fail(NETCHAN_EINVAL, "this value is nested deeper than %d; flatten it", NETCHAN_MAX_DEPTH);
+    switch ((enum netchan_type)v->type) {
+    case NETCHAN_NIL: case NETCHAN_BOOL: m->wire += 1; return NETCHAN_OK;
+    case NETCHAN_INT:
+        m->wire += v->as.i64 >= 0 && v->as.i64 < 64 ? 1 : 1 + netchan__varint_size(netchan__zigzag(v->as.i64));
+        return NETCHAN_OK;
+    case NETCHAN_UINT: m->wire += 1 + netchan__varint_size(v->as.u64); return NETCHAN_OK;
+    case NETCHAN_FLOAT: m->wire += 9; return NETCHAN_OK;
+    case NETCHAN_SENDER: case NETCHAN_RECEIVER:
+        m->channels = true;
+        return v->as.chan ? NETCHAN_OK : netchan__fail(NETCHAN_EINVAL, "this value is a channel that is NULL");
+    case NETCHAN_STR: case NETCHAN_BYTES:
+    case NETCHAN_I32S: case NETCHAN_I64S: case NETCHAN_F32S: case NETCHAN_F64S: {
+        size_t size = v->as.block.count * netchan__item_size(v->type);
+        if ((v->as.block.count && !v->as.block.data) || size / netchan__item_size(v->type) != v->as.block.count)
+            return netchan__fail(NETCHAN_EINVAL, "this value is a block of %zu items with a NULL pointer, or of impossible size",
+                                 v->as.block.count);
+        m->wire += v->type == NETCHAN_STR && size < 64 ? 1 + size : netchan__length_prefixed(size);
+        m->block += size ? netchan__align(size + (v->type == NETCHAN_STR)) : 0;
+        return NETCHAN_OK;
+    }
+    case NETCHAN_ARRAY: case NETCHAN_MAP: case NETCHAN_STRUCT: return netchan__measure_children(v, depth, m);
+    }
+    return netchan__fail(NETCHAN_EINVAL, "this is no value: type %d does not exist (was it initialised?)", v->type);
+}
+
+static uint8_t *netchan__write_varint(uint8_t *p, uint64_t n) {
+    p -= netchan__varint_size(n);
+    netchan__varint_put(p, n);
+    return p;
+}
+
+static uint8_t *netchan__write_tag(uint8_t *p, unsigned tag) {
+    *--p = (uint8_t)tag;
+    return p;
+}
+
+static uint8_t *netchan__write_bytes(uint8_t *p, const void *data, size_t size) {
+    p -= size;
+    if (size) memcpy(p, data, size);
+    return p;
+}
+
+static bool netchan__little_endian(void) {
+    const uint16_t one = 1;
+    uint8_t first;
+    memcpy(&first, &one, 1);
+    return first == 1;
+}
+
+/* Packed numbers between memory and wire, either way; the same copy on a little-endian machine. */
+static void netchan__copy_packed(uint8_t *to, const uint8_t *from, size_t count, size_t item) {
+    if (count && (item == 1 || netchan__little_endian())) memcpy(to, from, count * item);
+    else
+        for (size_t i = 0; i < count * item; i++) to[i] = from[i / item * item + (item - 1 - i % item)];
+}
+
+static unsigned netchan__block_tag(uint8_t type) {
+    switch (type) {
+    case NETCHAN_STR: return NETCHAN__TAG_STR;
+    case NETCHAN_BYTES: return NETCHAN__TAG_BYTES;
+    case NETCHAN_I32S: return NETCHAN__TAG_I32S;
+    case NETCHAN_I64S: return NETCHAN__TAG_I64S;
+    case NETCHAN_F32S: return NETCHAN__TAG_F32S;
+    default: return NETCHAN__TAG_F64S;
+    }
+}
+
+static uint8_t *netchan__write_value(uint8_t *p, const netchan_value *v);
+
+static uint8_t *netchan__write_children(uint8_t *p, const netchan_value *v) {
+    uint8_t *end = p;
+    size_t count = netchan__child_count(v);
+    for (size_t i = count; i-- > 0;) {
+        netchan_entry e;
+        netchan__child(v, i, &e);
+        p = netchan__write_value(p, &e.value);
+        if (v->type == NETCHAN_ARRAY) continue;
+        size_t length = strlen(e.key);
+        p = netchan__write_bytes(p, e.key, length);
+        p = netchan__write_varint(p, length);
+    }
+    p = netchan__write_varint(p, count);
+    p = netchan__write_varint(p, (uint64_t)(end - p));
+    return netchan__write_tag(p, v->type == NETCHAN_ARRAY ? NETCHAN__TAG_ARRAY : NETCHAN__TAG_MAP);
+}
+
+/* Writes the measured value v so that it ends before p; returns where it begins. */
+static uint8_t *netchan__write_value(uint8_t *p, const netchan_value *v) {
+    switch ((enum netchan_type)v->type) {
+    case NETCHAN_NIL: return netchan__write_tag(p, NETCHAN__TAG_NIL);
+    case NETCHAN_BOOL: return netchan__write_tag(p, v->as.boolean ? NETCHAN__TAG_TRUE : NETCHAN__TAG_FALSE);
+    case NETCHAN_INT:
+        if (v->as.i64 >= 0 && v->as.i64 < 64) return netchan__write_tag(p, (unsigned)v->as.i64);
+        return netchan__write_tag(netchan__write_varint(p, netchan__zigzag(v->as.i64)), NETCHAN__TAG_INT);
+    case NETCHAN_UINT: return netchan__write_tag(netchan__write_varint(p, v->as.u64), NETCHAN__TAG_UINT);
+    case NETCHAN_FLOAT: {
+        uint64_t bits;
+        memcpy(&bits, &v->as.f64, 8);
+        netchan__store(p -= 8, bits, 8);
+        return netchan__write_tag(p, NETCHAN__TAG_FLOAT);
+    }
+    case NETCHAN_STR: case NETCHAN_BYTES:
+    case NETCHAN_I32S: case NETCHAN_I64S: case NETCHAN_F32S: case NETCHAN_F64S: {
+        size_t size = v->as.block.count * netchan__item_size(v->type);
+        p -= size;
+        netchan__copy_packed(p, (const uint8_t *)v->as.block.data, v->as.block.count, netchan__item_size(v->type));
+        if (v->type == NETCHAN_STR && size < 64) return netchan__write_tag(p, NETCHAN__TAG_STR0 + (unsigned)size);
+        return netchan__write_tag(netchan__write_varint(p, size), netchan__block_tag(v->type));
+    }
+    case NETCHAN_ARRAY: case NETCHAN_MAP: case NETCHAN_STRUCT: return netchan__write_children(p, v);
+    case NETCHAN_SENDER: case NETCHAN_RECEIVER: break;
+    }
+    NETCHAN_ASSERT(false && "a channel, or a value that was not measured");
+    return p;
+}
+
+NETCHANDEF int netchan_encode(const netchan_value *v, void *out, size_t size, size_t *used) {
+    netchan__measure m = {0, 0, false};
+    int result = netchan__measure_value(v, 0, &m);
+    if (result != NETCHAN_OK) return result;
+    if (used) *used = m.wire;
+    if (m.channels) return netchan__fail(NETCHAN_ETYPE, "netchan_encode: the value holds a channel, which has no bytes");
+    if (size < m.wire) return netchan__fail(NETCHAN_ETOOBIG, "netchan_encode: %zu bytes needed, %zu given", m.wire, size);
+    netchan__write_value((uint8_t *)out + m.wire, v);
+    return NETCHAN_OK;
+}
+
+/* Bump allocation inside the one block of a value. */
+static void *netchan__bump(uint8_t **at, size_t size) {
+    void *p = *at;
+    if (size) *at += netchan__align(size); /* adding 0 to NULL is undefined */
+    return p;
+}
+
+static char *netchan__bump_text(uint8_t **at, const void *text, size_t length) {
+    char *p = (char *)netchan__bump(at, length + 1);
+    if (length) memcpy(p, text, length);
+    p[length] = '\0';
+    return p;
+}
+
+/* A deep copy of v into the measured block at *at. */
+static netchan_value netchan__copy_value(const netchan_value *v, uint8_t **at) {
+    netchan_value copy = *v;
+    copy.flags = 0;
+    if (netchan__is_chan(v)) netchan_retain(v->as.chan);
+    if (netchan__has_children(v)) {
+        size_t count = netchan__child_count(v);
+        bool is_map = v->type != NETCHAN_ARRAY;
+        void *items = netchan__bump(at, count * (is_map ? sizeof(netchan_entry) : sizeof(netchan_value)));
+        copy = netchan__make_block(is_map ? NETCHAN_MAP : NETCHAN_ARRAY, count ? items : NULL, count);
+        netchan_entry e;
+        for (size_t i = 0; netchan__child(v, i, &e); i++) {
+            if (is_map) {
+                netchan_entry *to = (netchan_entry *)items + i;
+                to->key = netchan__bump_text(at, e.key, strlen(e.key));
+                to->value = netchan__copy_value(&e.value, at);
+            } else ((netchan_value *)items)[i] = netchan__copy_value(&e.value, at);
+        }
+    } else if (netchan__is_block(v)) {
+        size_t size = v->as.block.count * netchan__item_size(v->type);
+        if (!size) copy.as.block.data = "";
+        else if (v->type == NETCHAN_STR) copy.as.block.data = netchan__bump_text(at, v->as.block.data, size);
+        else copy.as.block.data = memcpy(netchan__bump(at, size), v->as.block.data, size);
+    }
+    return copy;
+}
+
+/* The same as netchan_copy() for a value that was measured. */
+static int netchan__copy_measured(netchan_value *to, const netchan_value *from, const netchan__measure *m) {
+    uint8_t *block = NULL;
+    *to = netchan__nil_value;
+    if (m->block && !(block = (uint8_t *)NETCHAN_MALLOC(m->block))) return netchan__fail_memory("copying a value");
+    uint8_t *at = block;
+    netchan_value copy = netchan__copy_value(from, &at);
+    NETCHAN_ASSERT(!block || at == block + m->block);
+    copy.flags = (uint8_t)((block ? NETCHAN__OWNED : 0) | (m->channels ? NETCHAN__HAS_CHANNELS : 0));
+    *to = copy;
+    return NETCHAN_OK;
+}
+
+NETCHANDEF int netchan_copy(netchan_value *to, const netchan_value *from) {
+    netchan__measure m = {0, 0, false};
+    netchan_value source = *from;
+    *to = netchan__nil_value;
+    int result = netchan__measure_value(&source, 0, &m);
+    return result != NETCHAN_OK ? result : netchan__copy_measured(to, &source, &m);
+}
+
+static void netchan__free_channels(const netchan_value *v) {
+    if (netchan__is_chan(v)) netchan_free(v->as.chan);
+    if (!netchan__has_children(v)) return;
+    netchan_entry e;
+    for (size_t i = 0; netchan__child(v, i, &e); i++) netchan__free_channels(&e.value);
+}
+
+NETCHANDEF void netchan_clear(netchan_value *v) {
+    if (!v) return;
+    if (v->flags & NETCHAN__HAS_CHANNELS) netchan__free_channels(v);
+    if (v->flags & NETCHAN__OWNED) NETCHAN_FREE((void *)(uintptr_t)v->as.block.data);
+    *v = netchan__nil_value;
+}
+
+/* Which block type a tag is, or NETCHAN_NIL. */
+static enum netchan_type netchan__tag_type(unsigned tag) {
+    switch (tag) {
+    case NETCHAN__TAG_STR: return NETCHAN_STR;
+    case NETCHAN__TAG_BYTES: return NETCHAN_BYTES;
+    case NETCHAN__TAG_ARRAY: return NETCHAN_ARRAY;
+    case NETCHAN__TAG_MAP: return NETCHAN_MAP;
+    case NETCHAN__TAG_I32S: return NETCHAN_I32S;
+    case NETCHAN__TAG_I64S: return NETCHAN_I64S;
+    case NETCHAN__TAG_F32S: return NETCHAN_F32S;
+    case NETCHAN__TAG_F64S: return NETCHAN_F64S;
+    default: return NETCHAN_NIL;
+    }
+}
+
+/* Reads one value's head. A scalar is read whole into *v. A block's *v has its type and its count (bytes, items or entries) and
+ * *body its payload after that count. */
+static void netchan__read_head(netchan__reader *r, netchan_value *v, netchan__reader *body) {
+    const uint8_t *p = netchan__read_bytes(r, 1);
+    unsigned tag = p ? (unsigned)*p : (unsigned)NETCHAN__TAG_NIL;
+    *v = netchan__nil_value;
+    uint64_t size = 0;
+    if (tag < NETCHAN__TAG_STR0) {
+        *v = netchan_int((int64_t)tag);
+    } else if (tag < NETCHAN__TAG_NIL) {
+        size = tag - NETCHAN__TAG_STR0;
+        v->type = NETCHAN_STR;
+    } else if (tag == NETCHAN__TAG_FALSE || tag == NETCHAN__TAG_TRUE) {
+        *v = netchan_bool(tag == NETCHAN__TAG_TRUE);
+    } else if (tag == NETCHAN__TAG_INT) {
+        uint64_t n = netchan__read_varint(r);
+        *v = netchan_int((int64_t)((n >> 1) ^ (0 - (n & 1))));
+    } else if (tag == NETCHAN__TAG_UINT) {
+        *v = netchan_uint(netchan__read_varint(r));
+    } else if (tag == NETCHAN__TAG_FLOAT) {
+        const uint8_t *bits = netchan__read_bytes(r, 8);
+        uint64_t n = bits ? netchan__load(bits, 8) : 0;
+        v->type = NETCHAN_FLOAT;
+        memcpy(&v->as.f64, &n, 8);
+    } else if (tag != NETCHAN__TAG_NIL) {
+        size = netchan__read_varint(r);
+        v->type = (uint8_t)netchan__tag_type(tag);
+    }
+    body->p = netchan__read_bytes(r, size);
+    body->bad = !body->p;
+    body->end = body->p ? body->p + size : NULL;
+    if (r->bad || !netchan__is_block(v)) return;
+    size_t item = netchan__item_size(v->type);
+    if (netchan__has_children(v)) {
+        uint64_t count = netchan__read_varint(body); /* every item takes a byte at least, every entry two */
+        if (body->bad || count > netchan__left(body) / (v->type == NETCHAN_MAP ? 2 : 1)) r->bad = true;
+        else v->as.block.count = (size_t)count;
+    } else if (size % item) r->bad = true;
+    else v->as.block.count = (size_t)(size / item);
+}
+
+/* Adds the bytes of memory that the next value needs to *block; sets r->bad when it is malformed. */
+static void netchan__scan_value(netchan__reader *r, unsigned depth, size_t *block) {
+    netchan_value v;
+    netchan__reader body;
+    netchan__read_head(r, &v, &body);
+    if (depth > NETCHAN_MAX_DEPTH) r->bad = true;
+    if (r->bad || !netchan__is_block(&v)) return;
+    size_t size = v.as.block.count * netchan__item_size(v.type);
+    *block += size ? netchan__align(size + (v.type == NETCHAN_STR)) : 0;
+    if (!netchan__has_children(&v)) return;
+    for (size_t i = 0; i < v.as.block.count && !body.bad; i++) {
+        if (v.type == NETCHAN_MAP) {
+            uint64_t length = netchan__read_varint(&body);
+            const uint8_t *key = netchan__read_bytes(&body, length);
+            if (!key || memchr(key, 0, (size_t)length)) body.bad = true;
+            else *block += netchan__align((size_t)length + 1);
+        }
+        netchan__scan_value(&body, depth + 1, block);
+    }
+    if (body.bad || netchan__left(&body)) r->bad = true;
+}
+
+/* Builds the next value, which netchan__scan_value() found good, in the block at *at. */
+static netchan_value netchan__build_value(netchan__reader *r, uint8_t **at) {
+    netchan_value v;
+    netchan__reader body;
+    netchan__read_head(r, &v, &body);
+    if (!netchan__is_block(&v)) return v;
+    size_t count = v.as.block.count, size = count * netchan__item_size(v.type);
+    if (!size) {
+        v.as.block.data = netchan__has_children(&v) ? NULL : "";
+    } else if (v.type == NETCHAN_STR) {
+        v.as.block.data = netchan__bump_text(at, body.p, size);
+    } else {
+        uint8_t *data = (uint8_t *)netchan__bump(at, size);
+        v.as.block.data = data;
+        if (!netchan__has_children(&v)) netchan__copy_packed(data, body.p, count, netchan__item_size(v.type));
+    }
+    if (!netchan__has_children(&v)) return v;
+    for (size_t i = 0; i < count; i++) {
+        if (v.type == NETCHAN_MAP) {
+            netchan_entry *e = (netchan_entry *)(uintptr_t)v.as.block.data + i;
+            size_t length = (size_t)netchan__read_varint(&body);
+            e->key = netchan__bump_text(at, netchan__read_bytes(&body, length), length);
+            e->value = netchan__build_value(&body, at);
+        } else ((netchan_value *)(uintptr_t)v.as.block.data)[i] = netchan__build_value(&body, at);
+    }
+    return v;
+}
+
+NETCHANDEF int netchan_decode(netchan_value *v, const void *data, size_t size, size_t max_block) {
+    netchan__reader r = {(const uint8_t *)data, (const uint8_t *)data + size, false}, again = r;
+    uint8_t *block = NULL;
+    size_t need = 0;
+    *v = netchan__nil_value;
+    netchan__scan_value(&r, 0, &need);
+    if (r.bad || netchan__left(&r)) return netchan__fail(NETCHAN_EPROTO, "these %zu bytes are not one whole value", size);
+    if (max_block && need > max_block)
+        return netchan__fail(NETCHAN_ETOOBIG, "a value of %zu bytes would need %zu in memory, more than the limit of %zu", size, need,
+                             max_block);
+    if (need && !(block = (uint8_t *)NETCHAN_MALLOC(need))) return netchan__fail_memory("decoding a value");
+    uint8_t *at = block;
+    *v = netchan__build_value(&again, &at);
+    NETCHAN_ASSERT(!block || at == block + need);
+    v->flags = block ? NETCHAN__OWNED : 0;
+    return NETCHAN_OK;
+}
+
+NETCHANDEF const netchan_value *netchan_at(const netchan_value *v, size_t index) {
+    if (!v || v->type != NETCHAN_ARRAY || index >= v->as.block.count) return &netchan__nil_value;
+    return (const netchan_value *)v->as.block.data + index;
+}
+
+NETCHANDEF const netchan_value *netchan_get(const netchan_value *v, const char *key) {
+    if (!v || !key || v->type != NETCHAN_MAP) return &netchan__nil_value;
+    const netchan_entry *e = (const netchan_entry *)v->as.block.data;
+    for (size_t i = 0; i < v->as.block.count; i++)
+        if (strcmp(e[i].key, key) == 0) return &e[i].value;
+    return &netchan__nil_value;
+}
+
+NETCHANDEF bool netchan_as_bool(const netchan_value *v, bool fallback) {
+    return v && v->type == NETCHAN_BOOL ? v->as.boolean : fallback;
+}
+
+NETCHANDEF int64_t netchan_as_int(const netchan_value *v, int64_t fallback) {
+    if (v && v->type == NETCHAN_INT) return v->as.i64;
+    if (v && v->type == NETCHAN_UINT && v->as.u64 <= INT64_MAX) return (int64_t)v->as.u64;
+    return fallback;
+}
+
+NETCHANDEF uint64_t netchan_as_uint(const netchan_value *v, uint64_t fallback) {
+    if (v && v->type == NETCHAN_UINT) return v->as.u64;
+    if (v && v->type == NETCHAN_INT && v->as.i64 >= 0) return (uint64_t)v->as.i64;
+    return fallback;
+}
+
+NETCHANDEF double netchan_as_float(const netchan_value *v, double fallback) {
+    if (v && v->type == NETCHAN_FLOAT) return v->as.f64;
+    if (v && v->type == NETCHAN_INT) return (double)v->as.i64;
+    if (v && v->type == NETCHAN_UINT) return (double)v->as.u64;
+    return fallback;
+}
+
+NETCHANDEF const char *netchan_as_str(const netchan_value *v, const char *fallback) {
+    return v && v->type == NETCHAN_STR ? (const char *)v->as.block.data : fallback;
+}
+
+NETCHANDEF netchan *netchan_as_chan(const netchan_value *v) {
+    return v && netchan__is_chan(v) ? v->as.chan : NULL;
+}
+
+NETCHANDEF bool netchan_is_nil(const netchan_value *v) {
+    return !v || v->type == NETCHAN_NIL;
+}
+
+NETCHANDEF size_t netchan_count(const netchan_value *v) {
+    return v && netchan__is_block(v) ? v->as.block.count : 0;
+}
+
+NETCHANDEF const void *netchan_as_block(const netchan_value *v, enum netchan_type type, size_t *count) {
+    bool found = v && v->type == type && netchan__is_block(v) && !netchan__has_children(v);
+    if (count) *count = found ? v->as.block.count : 0;
+    return found ? v->as.block.data : NULL;
+}
+
+/* ====================================================================================================================
+ * [5] Struct tables: from a map back into a struct. All is checked before the first byte is written.
+ * ================================================================================================================== */
+
+static bool netchan__fits(const netchan_value *v, const netchan_field *f) {
+    switch (f->kind) {
+    case NETCHAN_KIND_BOOL: return v->type == NETCHAN_BOOL;
+    case NETCHAN_KIND_I32: return netchan_as_int(v, INT64_MAX) >= INT32_MIN && netchan_as_int(v, INT64_MAX) <= INT32_MAX;
+    case NETCHAN_KIND_I64: return netchan_as_int(v, 0) == netchan_as_int(v, 1);
+    case NETCHAN_KIND_U32: return netchan_as_uint(v, UINT64_MAX) <= UINT32_MAX;
+    case NETCHAN_KIND_U64: return netchan_as_uint(v, 0) == netchan_as_uint(v, 1);
+    case NETCHAN_KIND_F32: case NETCHAN_KIND_F64:
+        return v->type == NETCHAN_FLOAT || v->type == NETCHAN_INT || v->type == NETCHAN_UINT;
+    case NETCHAN_KIND_STR: return v->type == NETCHAN_STR || v->type == NETCHAN_NIL;
+    case NETCHAN_KIND_VALUE: return true;
+    case NETCHAN_KIND_STRUCT: return v->type == NETCHAN_MAP;
+    case NETCHAN_KIND_END: break;
+    }
+    return false;
+}
+
+static int netchan__check_fields(const netchan_value *v, const netchan_field *fields) {
+    static const char *const kinds[] = {"",      "a bool",   "an int of 32 bits",  "an int of 64 bits", "a uint of 32 bits", "a uint of 64 bits",
+                                        "a float", "a float", "a string",           "a value",           "a map"};
+    static const char *const types[] = {"nil",   "a bool",  "an int",     "a uint",     "a float",     "a string",     "bytes",      "an array",
+                                        "a map", "a channel", "a channel", "an i32 array", "an i64 array", "an f32 array", "an f64 array", "a struct"};
+    if (v->type != NETCHAN_MAP)
+        return netchan__fail(NETCHAN_ETYPE, "netchan_unpack: the value is %s, not a map", types[v->type <= NETCHAN_STRUCT ? v->type : 0]);
+    for (const netchan_field *f = fields; f->kind != NETCHAN_KIND_END; f++) {
+        const netchan_value *item = netchan_get(v, f->name);
+        if (item == &netchan__nil_value) continue;
+        if (!netchan__fits(item, f))
+            return netchan__fail(NETCHAN_ETYPE, "netchan_unpack: field \"%s\" is %s%s, not %s", f->name, types[item->type],
+                                 item->type == NETCHAN_INT || item->type == NETCHAN_UINT ? " (perhaps out of range)" : "", kinds[f->kind]);
+        int result = f->kind == NETCHAN_KIND_STRUCT ? netchan__check_fields(item, f->fields) : NETCHAN_OK;
+        if (result != NETCHAN_OK) return result;
+    }
+    return NETCHAN_OK;
+}
+
+static void netchan__store_fields(const netchan_value *v, const netchan_field *fields, char *out) {
+    for (const netchan_field *f = fields; f->kind != NETCHAN_KIND_END; f++) {
+        const netchan_value *item = netchan_get(v, f->name);
+        void *at = out + f->offset;
+        if (item == &netchan__nil_value) continue;
+        switch (f->kind) {
+        case NETCHAN_KIND_BOOL: *(bool *)at = item->as.boolean; break;
+        case NETCHAN_KIND_I32: *(int32_t *)at = (int32_t)netchan_as_int(item, 0); break;
+        case NETCHAN_KIND_I64: *(int64_t *)at = netchan_as_int(item, 0); break;
+        case NETCHAN_KIND_U32: *(uint32_t *)at = (uint32_t)netchan_as_uint(item, 0); break;
+        case NETCHAN_KIND_U64: *(uint64_t *)at = netchan_as_uint(item, 0); break;
+        case NETCHAN_KIND_F32: *(float *)at = (float)netchan_as_float(item, 0); break;
+        case NETCHAN_KIND_F64: *(double *)at = netchan_as_float(item, 0); break;
+        case NETCHAN_KIND_STR: *(const char **)at = netchan_as_str(item, NULL); break;
+        case NETCHAN_KIND_VALUE:
+            *(netchan_value *)at = *item;
+            ((netchan_value *)at)->flags = 0; /* borrowed */
+            break;
+        case NETCHAN_KIND_STRUCT: netchan__store_fields(item, f->fields, (char *)at); break;
+        case NETCHAN_KIND_END: break;
+        }
+    }
+}
+
+NETCHANDEF int netchan_unpack(const netchan_value *v, const netchan_field *fields, void *out) {
+    int result = netchan__check_fields(v ? v : &netchan__nil_value, fields);
+    if (result == NETCHAN_OK) netchan__store_fields(v, fields, (char *)out);
+    return result;
+}
+
+/* ====================================================================================================================
+ * [6] Channels: queues, lanes, buffers, and the pairing of who waits with who waits.
+ *
+ * An operation is one blocked send, receive or select. It waits with one waiter per case, each in the queue of its channel.
+ * Operations of this process live on the stack of the blocked call; those of other processes are heap waiters without an op.
+ * A channel has its home in the process that made it; elsewhere it is an end, which only forwards. A home has one lane, or, when it
+ * merges what many peers send, one lane per peer. A lane is a buffer with its waiting senders.
+ *
+ * Locks. A channel starts with a mutex of its own. From the first time that it meets another process, or a select that does, its
+ * lock is netchan__net_lock, for good, together with all channels of all operations that wait on it. So an operation is either wholly
+ * under netchan__net_lock ("net") or not at all. Order: netchan__net_lock, then own mutexes by address, then an operation's mutex.
+ *
+ * Invariants.
+ *   I1  An operation leaves OPEN once: by compare-and-swap, as several own mutexes may reach it. Outside net it goes to DONE only (ENGAGED
+ *       is seen there only of an operation that is about to be DONE).
+ *   I2  Whoever holds a channel's lock leaves no idle sender and idle receiver that could be paired.
+ *   I3  count + out + reserved + lent <= cap in every lane: values in the buffer, values being claimed, slots being filled, credit.
+ *   I4  Values of one lane leave in the order in which they entered: while a value is out on a claim that can be declined, no other goes.
+ * ================================================================================================================== */
+
+typedef struct netchan__op netchan__op;
+typedef struct netchan__waiter netchan__waiter;
+typedef struct netchan__match netchan__match;
+typedef struct netchan__lane netchan__lane;
+typedef struct netchan__peer netchan__peer;
+
+/* A frame fits into one TLS record. A value of more encoded bytes than a fragment is never in the frame that announces it. */
+enum { NETCHAN__FRAME_MAX = 16384, NETCHAN__FRAGMENT = NETCHAN__FRAME_MAX - 128 };
+
+enum netchan__op_state {
+    NETCHAN__OPEN,      /* any case may happen */
+    NETCHAN__ENGAGED,   /* promised to one match, which may still fall through */
+    NETCHAN__COMMITTED, /* one case happens; its last message is on the way */
+    NETCHAN__DONE
+};
+
+typedef struct netchan__queue {
+    netchan__waiter *head, *tail;
+} netchan__queue;
+
+/* One case of one operation. All fields belong to the lock of ch. */
+struct netchan__waiter {
+    netchan__waiter *prev, *next;
+    netchan__queue *queue; /* NULL: in none */
+    netchan *ch;
+    netchan__lane *lane;   /* a sender at home: where its value goes */
+    netchan__op *op;       /* NULL: an operation of another process */
+    netchan__peer *peer;   /* op NULL: whose, NULL when lost; at an end: the home it is registered with, or NULL */
+    uint64_t peer_number;
+    netchan__match *match; /* at home: being negotiated */
+    size_t index;          /* which case of op */
+    size_t turn;           /* op->waiters[i].turn is the index of the waiter that is tried as the i-th */
+    uint64_t id;           /* registered: unique among the waiters of its process */
+    uint64_t op_id;        /* unique among the operations of its process, in the order they began */
+    uint64_t position;     /* at an end: where in the stream its value ended; 0: it was not sent */
+    netchan_value value;   /* a sender's. At home owned; at an end borrowed from the blocked call */
+    size_t size;           /* its encoded bytes */
+    bool is_send, multi;   /* multi: the operation has several cases */
+    bool is_try;           /* answer at once */
+    bool firm;             /* never declined: one case, no timeout */
+    bool here;             /* the value is at home, and so the home's to match */
+    bool withdrawn;        /* goes when its match falls through */
+    bool lost;             /* its process is gone */
+    /* A claim on this waiter by a match at its home. */
+    netchan__waiter *next_claim; /* in the queue of its operation */
+    uint64_t claim;              /* the match; 0: none */
+    bool claim_final, claim_redelivered;
+    netchan_value claim_value;
+    netchan__buf incoming; /* fragments of a value that is being received */
+    size_t announced;      /* how many bytes they will be */
+};
+
+struct netchan__op {
+    int state; /* atomic */
+    bool net;
+    bool expired; /* net: its time is up, but it is engaged */
+    size_t count;
+    netchan__waiter *waiters;
+    netchan__waiter *engaged;                /* net: the waiter that is engaged or committed */
+    netchan__waiter *claims, *last_claim;    /* net: claims that wait until it is open */
+    netchan__op *prev_released, *next_released; /* net: in netchan__net.released */
+    bool is_released;
+    size_t tries; /* net: tries that were not answered yet */
+    uint64_t id;
+    /* The outcome, written by who finishes it. */
+    int index, result;
+    netchan_value value;
+    uint64_t peer;
+    bool redelivered;
+    pthread_mutex_t mutex; /* guards finished */
+    pthread_cond_t cond;
+    bool finished;
+};
+
+typedef struct netchan__slot {
+    netchan_value value;
+    size_t size; /* what it counts in the peer's memory */
+    bool redelivered;
+} netchan__slot;
+
+struct netchan__lane {
+    netchan *ch;
+    netchan__lane *prev, *next; /* all lanes of ch */
+    netchan__lane *prev_ready, *next_ready;
+    bool is_ready;
+    netchan__queue senders;
+    netchan__slot *slots; /* a ring that grows up to cap */
+    size_t first, count, room, cap;
+    size_t out;      /* values of the buffer that are out on claims */
+    size_t pinned;   /* of those, on claims that can be declined */
+    size_t reserved; /* slots promised to senders being claimed */
+    size_t lent;     /* credit at the peer */
+    bool closing;    /* no more values will enter */
+    size_t matching; /* matches of this lane */
+    netchan__peer *peer; /* the process that sends into this lane, if it is one of several */
+    uint64_t peer_number;
+    void *owner; /* for netchan__net.on_drained */
+    netchan__lane *next_changed;
+    bool is_changed;
+};
+
+struct netchan {
+    pthread_mutex_t *lock; /* atomic; own, later netchan__net_lock */
+    pthread_mutex_t own;
+    size_t refs; /* atomic */
+    bool may_send, may_receive;
+    bool closing; /* close was called */
+    bool closed;  /* and all values are gone */
+    bool is_end, is_merge, is_dirty;
+    bool plain; /* what is sent may leave this process: no channels in values */
+    netchan__queue receivers;
+    netchan__lane lane; /* the only one, unless is_merge; at an end: its senders, and cap */
+    netchan__lane *lanes;
+    netchan__lane *ready, *last_ready; /* lanes from which a receiver could take something, in turn */
+    netchan__match *matches;
+    netchan *next_dirty;
+    /* An end. */
+    netchan__peer *home;   /* NULL while there is no session */
+    uint64_t channel;      /* its number there */
+    size_t credit;         /* values that may be sent at once */
+    netchan__buf backlog;  /* values that were sent within the credit of an earlier session and never left: LEN, value, ... */
+    size_t backlog_count;
+    size_t data_sent;      /* values that were sent within credit in this session */
+    bool close_sent;
+};
+
+/* Two parties of one channel that are being brought together. At home, net. */
+struct netchan__match {
+    netchan__match *prev, *next; /* matches of ch */
+    netchan__match *next_declined;
+    netchan *ch;
+    netchan__lane *lane;
+    netchan__waiter *sender;   /* NULL: the value came from the buffer */
+    netchan__waiter *receiver; /* NULL: it goes to a slot of the buffer */
+    uint64_t id;
+    bool from_buffer, to_buffer, receiver_first, pinned, redelivered;
+    bool carried;           /* the final claim carried the value to the receiver */
+    bool sender_gone, receiver_gone; /* a local party that is over; its pointer is NULL then */
+    int step;               /* 0, 1: that party's lock is asked for; 2: both are locked; 3: waiting for TAKEN */
+    uint64_t position;      /* where in the stream the value ended that was sent to the receiver */
+    netchan_value value;    /* from the buffer, or granted by a remote sender */
+    size_t size;            /* its encoded bytes; 0 when unknown */
+    netchan__buf incoming;
+    size_t announced;
+};
+
+enum netchan__frame_type {
+    NETCHAN__HELLO = 0x01,
+    NETCHAN__PING,
+    NETCHAN__PONG,
+    NETCHAN__BYE,
+    NETCHAN__OFFER = 0x10,
+    NETCHAN__DEMAND,
+    NETCHAN__WITHDRAW,
+    NETCHAN__GRANT,
+    NETCHAN__DECLINE,
+    NETCHAN__TAKEN,
+    NETCHAN__DATA,
+    NETCHAN__CLOSE,
+    NETCHAN__FRAGMENT_OF,
+    NETCHAN__CLAIM = 0x20,
+    NETCHAN__COMMIT,
+    NETCHAN__RELEASE,
+    NETCHAN__ACCEPT,
+    NETCHAN__WITHDRAWN,
+    NETCHAN__CREDIT,
+    NETCHAN__CLOSED
+};
+
+enum { NETCHAN__MULTI = 1, NETCHAN__TRY = 2, NETCHAN__FIRM = 4, NETCHAN__HERE = 8 }; /* OFFER and DEMAND */
+enum { NETCHAN__FINAL = 1, NETCHAN__REDELIVERED = 2 };                             /* CLAIM and COMMIT */
+
+/* One message of the commit protocol, as the wire section at the top describes it. */
+typedef struct netchan__frame {
+    unsigned type;
+    uint64_t channel, entry, op, match, flags, number, size;
+    netchan_value value;    /* outgoing: borrowed; incoming: owned, the handler may take it */
+    bool has_value;
+    const uint8_t *bytes;   /* FRAGMENT */
+    size_t count;
+} netchan__frame;
+
+/* Another process, as channels see it: something that takes frames. Net. */
+struct netchan__peer {
+    /* Queues a frame and returns the position in the stream at which it ends (never 0). */
+    uint64_t (*emit)(netchan__peer *p, const netchan__frame *f);
+    uint64_t number;     /* netchan_peer.id */
+    uint8_t process[16]; /* breaks ties between operations */
+    uint64_t sent;       /* the position up to which the stream was given to the link */
+    netchan__map waiters; /* at home: the waiters of this process, by id */
+    size_t max_ops;       /* how many there may be */
+    size_t max_message, max_memory; /* our limits */
+    size_t their_message, their_offers; /* theirs: bytes of a value; bytes of all values in OFFERs */
+    size_t offered;       /* at an end: bytes in OFFERs not over; at home: the same, of theirs */
+    size_t reserved;      /* bytes announced by fragments and not over */
+    netchan__lane *lane;  /* at home: channel 0 */
+    netchan *work;        /* at home: channel 1 */
+    netchan *send, *recv; /* at the dialling side: channels 0 and 1 */
+    bool no_redelivery;
+    netchan__peer *next_peer, *prev_peer; /* in netchan__net.peers */
+    bool has_all;         /* it answered our farewell: nothing that we sent was lost */
+    uint64_t unknown;     /* values whose fate only the peer knew, counted when it is lost */
+    const char *breach;   /* set: it broke the protocol, in these words, or cannot go on for lack of memory */
+    int breach_code;
+};
+
+static pthread_mutex_t netchan__net_lock = PTHREAD_MUTEX_INITIALIZER;
+
+/* All fields belong to netchan__net_lock. */
+static struct netchan__net_state {
+    netchan__map waiters;  /* waiters of this process that are registered at ends, by id */
+    netchan__map matches;  /* by id */
+    uint64_t last_id;      /* of waiters and matches */
+    netchan__op *released; /* operations that have just become open again */
+    netchan__match *declined; /* matches that have just fallen through */
+    netchan *dirty;        /* channels that may have something to pair */
+    netchan__lane *changed; /* lanes of merges that may have something to pair */
+    netchan__peer *peers;
+    uint8_t process[16];   /* random: who we are */
+    void (*on_drained)(netchan__lane *lane); /* a lane of a merge is closed and empty */
+    int wake_fd;           /* a byte written here ends the poll() of the I/O thread */
+    bool wake;             /* to be done before the lock is given back */
+    bool polling;          /* that thread may be in poll() and was not woken yet */
+} netchan__net;
+
+static uint64_t netchan__op_count; /* atomic */
+
+static int netchan__state(const netchan__op *op) {
+    return __atomic_load_n(&op->state, __ATOMIC_ACQUIRE);
+}
+
+static bool netchan__change_state(netchan__op *op, int from, int to) {
+    return __atomic_compare_exchange_n(&op->state, &from, to, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+}
+
+static void netchan__set_state(netchan__op *op, int to) {
+    __atomic_store_n(&op->state, to, __ATOMIC_RELEASE);
+}
+
+static void netchan__enqueue(netchan__queue *q, netchan__waiter *w, bool at_front) {
+    NETCHAN_ASSERT(!w->queue);
+    w->queue = q;
+    w->prev = at_front ? NULL : q->tail;
+    w->next = at_front ? q->head : NULL;
+    if (w->prev) w->prev->next = w;
+    else q->head = w;
+    if (w->next) w->next->prev = w;
+    else q->tail = w;
+}
+
+static void netchan__dequeue(netchan__waiter *w) {
+    netchan__queue *q = w->queue;
+    if (!q) return;
+    if (w->prev) w->prev->next = w->next;
+    else q->head = w->next;
+    if (w->next) w->next->prev = w->prev;
+    else q->tail = w->prev;
+    w->prev = w->next = NULL;
+    w->queue = NULL;
+}
+
+static netchan__queue *netchan__queue_of(netchan__waiter *w) {
+    if (!w->is_send) return &w->ch->receivers;
+    return w->lane ? &w->lane->senders : &w->ch->lane.senders;
+}
+
+static void netchan__mark_dirty(netchan *ch) {
+    if (ch->is_dirty) return;
+    ch->is_dirty = true;
+    ch->next_dirty = netchan__net.dirty;
+    netchan__net.dirty = ch;
+}
+
+static bool netchan__is_net(netchan *ch) {
+    return __atomic_load_n(&ch->lock, __ATOMIC_ACQUIRE) == &netchan__net_lock;
+}
+
+/* Grows the ring so that one more value fits. Returns false when out of memory. */
+static bool netchan__lane_room(netchan__lane *lane) {
+    if (lane->count + lane->out < lane->room) return true; /* a value that is out may come back */
+    size_t room = lane->room ? lane->room * 2 : 8;
+    netchan__slot *slots = (netchan__slot *)netchan__alloc(room * sizeof *slots);
+    if (!slots) return false;
+    for (size_t i = 0; i < lane->count; i++) slots[i] = lane->slots[(lane->first + i) & (lane->room - 1)];
+    NETCHAN_FREE(lane->slots);
+    lane->slots = slots;
+    lane->room = room; /* a power of two */
+    lane->first = 0;
+    return true;
+}
+
+/* There is room, see netchan__lane_room(). The value is moved. */
+static void netchan__lane_push(netchan__lane *lane, netchan_value *v, size_t size) {
+    netchan__slot *slot = &lane->slots[(lane->first + lane->count++) & (lane->room - 1)];
+    slot->value = *v;
+    slot->size = size;
+    slot->redelivered = false;
+    *v = netchan__nil_value;
+}
+
+static netchan__slot netchan__lane_pop(netchan__lane *lane) {
+    netchan__slot slot = lane->slots[lane->first];
+    lane->first = (lane->first + 1) & (lane->room - 1);
+    lane->count--;
+    return slot;
+}
+
+/* A value that was out comes back to where it was. */
+static void netchan__lane_unpop(netchan__lane *lane, netchan__slot slot) {
+    lane->first = (lane->first - 1) & (lane->room - 1);
+    lane->slots[lane->first] = slot;
+    lane->count++;
+}
+
+static bool netchan__slot_free(const netchan__lane *lane) {
+    return lane->count + lane->out + lane->reserved + lane->lent < lane->cap;
+}
+
+/* Keeps the lane in the list of lanes that a receiver could take from; last in turn when it is added. */
+static void netchan__update_ready(netchan__lane *lane) {
+    netchan *ch = lane->ch;
+    bool ready = lane->cap ? lane->count > 0 && !lane->pinned : lane->senders.head != NULL;
+    if (ready == lane->is_ready) return;
+    lane->is_ready = ready;
+    if (ready) {
+        lane->next_ready = NULL;
+        lane->prev_ready = ch->last_ready;
+        if (ch->last_ready) ch->last_ready->next_ready = lane;
+        else ch->ready = lane;
+        ch->last_ready = lane;
+    } else {
+        if (lane->prev_ready) lane->prev_ready->next_ready = lane->next_ready;
+        else ch->ready = lane->next_ready;
+        if (lane->next_ready) lane->next_ready->prev_ready = lane->prev_ready;
+        else ch->last_ready = lane->prev_ready;
+    }
+}
+
+static void netchan__next_turn(netchan__lane *lane) {
+    if (!lane->is_ready || lane->ch->last_ready == lane) return;
+    size_t pinned = lane->pinned, cap = lane->cap;
+    lane->pinned = 1, lane->cap = 1; /* leave the list ... */
+    netchan__update_ready(lane);
+    lane->pinned = pinned, lane->cap = cap;
+    netchan__update_ready(lane); /* ... and join it at its end */
+}
+
+static void netchan__withdraw_others(netchan__op *op, const netchan__waiter *w);
+static void netchan__unregister(netchan__waiter *w);
+
+/* The operation is over: case w happened, or none. Its outcome besides index and result was written before. */
+static void netchan__finish(netchan__op *op, netchan__waiter *w, int result) {
+    op->index = w ? (int)w->index : -1;
+    op->result = result;
+    netchan__set_state(op, NETCHAN__DONE);
+    if (op->net) {
+        netchan__withdraw_others(op, w);
+        if (w) netchan__dequeue(w);
+        if (w) netchan__unregister(w);
+    }
+    pthread_mutex_lock(&op->mutex);
+    op->finished = true;
+    pthread_cond_signal(&op->cond);
+    pthread_mutex_unlock(&op->mutex);
+    /* The operation is on the stack of another thread and may be gone now. */
+}
+
+/* A local receive gets the value. */
+static void netchan__finish_receive(netchan__waiter *r, netchan_value *v, uint64_t peer, bool redelivered) {
+    r->op->value = *v;
+    r->op->peer = peer;
+    r->op->redelivered = redelivered;
+    *v = netchan__nil_value;
+    netchan__finish(r->op, r, NETCHAN_OK);
+}
+
+/* Frees the waiter of a remote operation. */
+static void netchan__forget(netchan__waiter *w) {
+    netchan__dequeue(w);
+    if (w->lane) netchan__update_ready(w->lane);
+    if (w->peer) netchan__map_remove(&w->peer->waiters, w->id);
+    if (w->peer && w->here) w->peer->offered -= w->size;
+    netchan_clear(&w->value);
+    NETCHAN_FREE(w);
+}
+
+static void netchan__emit_entry(netchan__waiter *w, unsigned type, uint64_t match, uint64_t number) {
+    netchan__frame f;
+    memset(&f, 0, sizeof f);
+    f.type = type;
+    f.entry = w->id;
+    f.match = match;
+    f.number = number;
+    w->peer->emit(w->peer, &f);
+}
+
+static void netchan__emit_channel(netchan__peer *p, unsigned type, uint64_t channel, uint64_t number) {
+    netchan__frame f;
+    memset(&f, 0, sizeof f);
+    f.type = type;
+    f.channel = channel;
+    f.number = number;
+    p->emit(p, &f);
+}
+
+/* Tells a sender how its send ended, and forgets it if it is remote. taker: who has the value. */
+static void netchan__finish_sender(netchan__waiter *s, int result, uint64_t taker) {
+    if (s->op) {
+        s->op->peer = taker;
+        netchan__finish(s->op, s, result);
+        return;
+    }
+    if (!s->lost) netchan__emit_entry(s, NETCHAN__ACCEPT, 0, (uint64_t)-result);
+    netchan__forget(s);
+}
+
+static uint64_t netchan__sender_number(const netchan__lane *lane, const netchan__waiter *s) {
+    return s && !s->op ? s->peer_number : lane->peer_number;
+}
+
+/* How much may be lent at once, so that even values that swell most in memory stay within half of max_memory. One byte of an array of nils
+ * becomes one netchan_value. */
+static size_t netchan__lending_limit(const netchan__peer *p) {
+    size_t limit = p->max_memory / 2 / (NETCHAN__FRAGMENT * sizeof(netchan_value));
+    return limit ? limit : 1;
+}
+
+/* Lends free slots to the peer of the lane; in batches, unless it has none left. */
+static void netchan__lend(netchan__lane *lane) {
+    netchan__peer *p = lane->peer;
+    if (!p || lane->closing || !lane->cap) return;
+    size_t limit = netchan__lending_limit(p), used = lane->count + lane->out + lane->reserved;
+    size_t target = used < lane->cap ? lane->cap - used : 0;
+    if (target > limit) target = limit;
+    size_t batch = (lane->cap < limit ? lane->cap : limit) / 4;
+    if (target <= lane->lent || (lane->lent && target - lane->lent < batch)) return;
+    netchan__emit_channel(p, NETCHAN__CREDIT, 0, target - lane->lent);
+    lane->lent = target;
+}
+
+/* Something left the lane's buffer or its queue: who waits may come in, the peer may send more. */
+static void netchan__lane_changed(netchan__lane *lane) {
+    netchan__lend(lane);
+    netchan__update_ready(lane);
+    if (!netchan__is_net(lane->ch)) return;
+    netchan__mark_dirty(lane->ch);
+    if (!lane->ch->is_merge || lane->is_changed) return;
+    lane->is_changed = true;
+    lane->next_changed = netchan__net.changed;
+    netchan__net.changed = lane;
+}
+
+/* Can this party be locked here and now? NULL stands for the buffer. */
+static bool netchan__lockable(const netchan__waiter *w) {
+    return !w || (w->op ? netchan__state(w->op) == NETCHAN__OPEN : w->is_send && w->here);
+}
+
+/* Both parties can be locked here and now: the value passes at once. Outside net the other operation may go elsewhere meanwhile: then its
+ * waiter leaves the queue and all else stays. At most one of the two is not that of the calling thread. */
+static void netchan__pass(netchan__lane *lane, netchan__waiter *s, netchan__waiter *r) {
+    if (s && s->op && !netchan__change_state(s->op, NETCHAN__OPEN, NETCHAN__ENGAGED)) {
+        netchan__dequeue(s);
+        netchan__update_ready(lane);
+        return;
+    }
+    if (r && !netchan__change_state(r->op, NETCHAN__OPEN, NETCHAN__ENGAGED)) {
+        if (s && s->op) netchan__set_state(s->op, NETCHAN__OPEN);
+        netchan__dequeue(r);
+        return;
+    }
+    uint64_t from = netchan__sender_number(lane, s);
+    netchan__slot slot = {netchan__nil_value, 0, false};
+    if (s) {
+        netchan__dequeue(s);
+        slot.value = s->value;
+        slot.size = s->size;
+        s->value = netchan__nil_value;
+    } else slot = netchan__lane_pop(lane);
+    if (r) {
+        netchan__dequeue(r);
+        netchan__finish_receive(r, &slot.value, from, slot.redelivered);
+    } else netchan__lane_push(lane, &slot.value, slot.size);
+    if (s) netchan__finish_sender(s, NETCHAN_OK, 0);
+    netchan__lane_changed(lane);
+}
+
+static bool netchan__same_op(const netchan__waiter *a, const netchan__waiter *b) {
+    if (a->op || b->op) return a->op == b->op;
+    return a->peer == b->peer && a->op_id == b->op_id;
+}
+
+/* Operations that were finished outside net are met in the queues until their thread has left these. */
+static bool netchan__is_stale(const netchan__waiter *w) {
+    if (!w->op) return false;
+    int state = netchan__state(w->op);
+    return state >= NETCHAN__COMMITTED || (state == NETCHAN__ENGAGED && !w->op->net);
+}
+
+static void netchan__begin_match(netchan__lane *lane, netchan__waiter *s, netchan__waiter *r);
+
+/* Locks here, or by negotiation. */
+static void netchan__bring_together(netchan__lane *lane, netchan__waiter *s, netchan__waiter *r) {
+    bool at_once = !netchan__is_net(lane->ch) || (netchan__lockable(s) && netchan__lockable(r));
+    if (at_once) netchan__pass(lane, s, r);
+    else netchan__begin_match(lane, s, r);
+}
+
+/* May a large value of this remote sender be asked for? Its peer's other large values may have to be taken first. */
+static bool netchan__has_room(const netchan__waiter *s) {
+    return s->op || s->here || s->size <= NETCHAN__FRAGMENT || s->peer->reserved + s->size <= s->peer->max_memory / 2;
+}
+
+/* Moves waiting senders into free slots. Each step may take any waiter out of the queue, so each begins anew. Returns whether it did. */
+static bool netchan__fill(netchan__lane *lane) {
+    bool moved = false;
+    for (; netchan__slot_free(lane); moved = true) {
+        netchan__waiter *s = lane->senders.head;
+        while (s && !netchan__has_room(s)) s = s->next;
+        if (!s) break;
+        if (netchan__is_stale(s)) netchan__dequeue(s);
+        else if (netchan__lane_room(lane)) netchan__bring_together(lane, s, NULL);
+        else {
+            netchan__dequeue(s);
+            if (!s->op || netchan__change_state(s->op, NETCHAN__OPEN, NETCHAN__ENGAGED)) netchan__finish_sender(s, NETCHAN_ENOMEM, 0);
+        }
+    }
+    netchan__update_ready(lane);
+    return moved;
+}
+
+/* Brings one receiver together with what a lane has. Returns false when there is no such pair. */
+static bool netchan__serve(netchan *ch) {
+    netchan__lane *next_lane;
+    for (netchan__lane *lane = ch->ready; lane && ch->receivers.head; lane = next_lane) {
+        next_lane = lane->next_ready;
+        netchan__waiter *next;
+        for (netchan__waiter *r = ch->receivers.head; r; r = next) {
+            next = r->next;
+            if (netchan__is_stale(r)) {
+                netchan__dequeue(r);
+                continue;
+            }
+            netchan__waiter *s = lane->cap ? NULL : lane->senders.head;
+            while (s && (netchan__is_stale(s) || netchan__same_op(s, r) || !netchan__has_room(s))) s = s->next;
+            if (!lane->cap && !s) continue;
+            netchan__next_turn(lane);
+            netchan__bring_together(lane, s, r);
+            return true;
+        }
+    }
+    return false;
+}
+
+/* A closing lane or channel that has nothing left: receivers learn it. */
+static void netchan__finish_close(netchan *ch);
+
+/* Pairs all that can be paired (I2). Caller holds the channel's lock, and outside net the locks of all channels of its operation. */
+static void netchan__pair(netchan *ch) {
+    if (ch->is_end) return;
+    do {
+        while (netchan__serve(ch)) continue;
+    } while (!ch->is_merge && netchan__fill(&ch->lane));
+    if (ch->closing && !ch->closed) netchan__finish_close(ch);
+}
+
+/* The first waiter whose operation could be ended here: now that of nobody else. */
+static netchan__waiter *netchan__seize(netchan__queue *q) {
+    netchan__waiter *w = q->head;
+    while (w && w->op && !netchan__change_state(w->op, NETCHAN__OPEN, NETCHAN__ENGAGED)) w = w->next;
+    if (w) netchan__dequeue(w);
+    return w;
+}
+
+static void netchan__finish_close(netchan *ch) {
+    netchan__lane *lane = &ch->lane;
+    if (lane->count || lane->out || lane->reserved || ch->matches) return;
+    ch->closed = true;
+    for (netchan__peer *p = netchan__is_net(ch) ? netchan__net.peers : NULL; p; p = p->next_peer)
+        if (p->work == ch) netchan__emit_channel(p, NETCHAN__CLOSED, 1, 0);
+    for (netchan__waiter *r; (r = netchan__seize(&ch->receivers));) {
+        if (r->op) netchan__finish(r->op, r, NETCHAN_ECLOSED);
+        else netchan__forget(r); /* its process learns it from CLOSED */
+    } /* who is engaged looks at its closed cases when it is released */
+}
+
+/* Senders that wait and are not being matched learn that the lane is closing. */
+static void netchan__turn_away(netchan__lane *lane) {
+    for (netchan__waiter *s; (s = netchan__seize(&lane->senders));) {
+        if (s->op || s->here) netchan__finish_sender(s, NETCHAN_ECLOSED, 0);
+        else netchan__forget(s); /* its own process closed the channel and knows */
+    }
+    netchan__update_ready(lane);
+}
+
+static void netchan__lane_init(netchan__lane *lane, netchan *ch, size_t cap) {
+    memset(lane, 0, sizeof *lane);
+    lane->ch = ch;
+    lane->cap = cap;
+}
+
+static size_t netchan__lane_clear(netchan__lane *lane) {
+    size_t count = lane->count;
+    while (lane->count) {
+        netchan__slot slot = netchan__lane_pop(lane);
+        netchan_clear(&slot.value);
+    }
+    NETCHAN_FREE(lane->slots);
+    lane->slots = NULL;
+    lane->room = 0;
+    return count;
+}
+
+/* ====================================================================================================================
+ * [7] The commit protocol: pairs whose parties are in different processes, or are selects engaged elsewhere. All net.
+ *
+ * A home brings two parties together in a match. It locks both operations in order: the sender's first, then the receiver's; but
+ * when both have several cases, the operation with the smaller id first. Who cannot refuse (a slot, a buffered value, an offered value,
+ * a local operation with one case) is locked before all. A local operation is locked by its state, a remote one by a CLAIM, which
+ * it answers with GRANT or, when it is over, DECLINE. The last lock is the commit, and only its claim is final.
+ *
+ * Invariants (checked on a model with cycles of selects, timeouts and lost sessions):
+ *   P1  An engaged operation queues further claims and answers them when it is released or over; it never refuses for being busy.
+ *   P2  A match with a claim outstanding to a living party is never abandoned; a withdrawal or loss is remembered until the answer.
+ *   P3  A value that left on a claim stays at home until the answer: a DECLINE carries none.
+ *   P4  A sender's OK follows a receiver's commit: a final GRANT, or TAKEN.
+ *   P5  On release an operation looks first at its time, its closed and its lost cases, then at its queued claims.
+ *
+ * What falls through or is released is queued in netchan__net and worked off by netchan__settle(), so that nothing here recurses.
+ * ================================================================================================================== */
+
+enum netchan__lock_answer { NETCHAN__LOCKED, NETCHAN__ASKED, NETCHAN__GONE };
+
+static void netchan__breach(netchan__peer *p, int code, const char *what) {
+    if (p->breach) return;
+    p->breach = what;
+    p->breach_code = code;
+}
+
+static unsigned netchan__flag(bool on, unsigned flag) {
+    return on ? flag : 0;
+}
+
+static void netchan__progress(netchan__match *m);
+
+static bool netchan__claimable(const netchan__waiter *w) {
+    return w && (w->op ? w->multi : !(w->is_send && w->here));
+}
+
+static const uint8_t *netchan__process_of(const netchan__waiter *w) {
+    return w->op ? netchan__net.process : w->peer->process;
+}
+
+static bool netchan__precedes(const netchan__waiter *a, const netchan__waiter *b) {
+    int order = memcmp(netchan__process_of(a), netchan__process_of(b), sizeof netchan__net.process);
+    return order < 0 || (order == 0 && a->op_id < b->op_id);
+}
+
+static netchan__waiter *netchan__party(const netchan__match *m, int step) {
+    return m->receiver_first == (step == 0) ? m->receiver : m->sender;
+}
+
+static netchan_value *netchan__match_value(netchan__match *m) {
+    bool at_sender = m->sender && (m->sender->op || m->sender->here);
+    return at_sender ? &m->sender->value : &m->value;
+}
+
+static void netchan__unlink_match(netchan__match *m) {
+    if (m->prev) m->prev->next = m->next;
+    else m->ch->matches = m->next;
+    if (m->next) m->next->prev = m->prev;
+    netchan__map_remove(&netchan__net.matches, m->id);
+    m->lane->matching--;
+    if (m->sender) m->sender->match = NULL;
+    if (m->receiver) m->receiver->match = NULL;
+    if (m->sender && !m->sender->op && !m->sender->here && !m->sender->lost && m->announced) m->sender->peer->reserved -= m->announced;
+}
+
+static void netchan__free_match(netchan__match *m) {
+    netchan_clear(&m->value);
+    netchan__buf_free(&m->incoming);
+    netchan__lane_changed(m->lane);
+    netchan__mark_dirty(m->ch);
+    NETCHAN_FREE(m);
+}
+
+/* Out of memory for what the waiter waits for. */
+static void netchan__give_up(netchan__waiter *w) {
+    netchan__dequeue(w);
+    if (!w->op) {
+        netchan__breach(w->peer, NETCHAN_ENOMEM, "out of memory for one of its operations");
+        netchan__forget(w);
+    } else if (netchan__change_state(w->op, NETCHAN__OPEN, NETCHAN__ENGAGED)) netchan__finish(w->op, w, NETCHAN_ENOMEM);
+}
+
+static netchan__match *netchan__make_match(netchan__lane *lane, netchan__waiter *s, netchan__waiter *r) {
+    netchan__match *m = (netchan__match *)netchan__alloc(sizeof *m);
+    if (m) m->id = ++netchan__net.last_id;
+    if (!m || !netchan__map_put(&netchan__net.matches, m->id, m)) {
+        NETCHAN_FREE(m);
+        return NULL;
+    }
+    m->ch = lane->ch;
+    m->lane = lane;
+    m->sender = s;
+    m->receiver = r;
+    m->next = m->ch->matches;
+    if (m->next) m->next->prev = m;
+    m->ch->matches = m;
+    lane->matching++;
+    return m;
+}
+
+static void netchan__begin_match(netchan__lane *lane, netchan__waiter *s, netchan__waiter *r) {
+    netchan__match *m = netchan__make_match(lane, s, r);
+    if (!m) {
+        netchan__give_up(r ? r : s);
+        return;
+    }
+    if (s) {
+        netchan__dequeue(s);
+        s->match = m;
+        m->size = s->size;
+    } else {
+        netchan__slot slot = netchan__lane_pop(lane);
+        m->from_buffer = true;
+        m->value = slot.value;
+        m->size = slot.size;
+        m->redelivered = slot.redelivered;
+        lane->out++;
+        m->pinned = !r->firm;
+        lane->pinned += m->pinned;
+    }
+    if (r) {
+        netchan__dequeue(r);
+        r->match = m;
+    } else {
+        m->to_buffer = true;
+        lane->reserved++;
+    }
+    bool cs = netchan__claimable(s), cr = netchan__claimable(r);
+    m->receiver_first = cs && cr ? s->multi && r->multi && netchan__precedes(r, s) : cs;
+    netchan__update_ready(lane);
+    netchan__progress(m);
+}
+
+/* A lock on a local operation: at once, or when it is its turn (P1). */
+static enum netchan__lock_answer netchan__lock_local(netchan__match *m, netchan__waiter *w) {
+    netchan__op *op = w->op;
+    if (netchan__change_state(op, NETCHAN__OPEN, NETCHAN__ENGAGED)) {
+        op->engaged = w;
+        return NETCHAN__LOCKED;
+    }
+    NETCHAN_ASSERT(netchan__state(op) == NETCHAN__ENGAGED);
+    w->claim = m->id;
+    w->next_claim = NULL;
+    if (op->last_claim) op->last_claim->next_claim = w;
+    else op->claims = w;
+    op->last_claim = w;
+    return NETCHAN__ASKED;
+}
+
+static void netchan__claim_remote(netchan__match *m, netchan__waiter *w, bool final) {
+    netchan__frame f;
+    memset(&f, 0, sizeof f);
+    f.type = NETCHAN__CLAIM;
+    f.entry = w->id;
+    f.match = m->id;
+    f.flags = netchan__flag(final, NETCHAN__FINAL) | netchan__flag(m->redelivered, NETCHAN__REDELIVERED);
+    m->carried = final && !w->is_send && m->size <= NETCHAN__FRAGMENT;
+    if (m->carried) {
+        f.has_value = true;
+        f.value = *netchan__match_value(m);
+        f.size = m->size;
+    }
+    if (w->is_send && w->size > NETCHAN__FRAGMENT) {
+        m->announced = w->size;
+        w->peer->reserved += w->size;
+    }
+    uint64_t position = w->peer->emit(w->peer, &f);
+    if (m->carried) m->position = position;
+}
+
+static enum netchan__lock_answer netchan__lock_party(netchan__match *m, int step) {
+    netchan__waiter *w = netchan__party(m, step);
+    bool is_receiver = m->receiver_first == (step == 0);
+    if (is_receiver ? m->receiver_gone : m->sender_gone) return NETCHAN__GONE;
+    if (!w) return NETCHAN__LOCKED;
+    if (w->op) return netchan__lock_local(m, w);
+    if (w->lost) return NETCHAN__GONE;
+    if (w->is_send && w->here) return NETCHAN__LOCKED;
+    netchan__claim_remote(m, w, step == 1);
+    return NETCHAN__ASKED;
+}
+
+/* Puts a waiter that was in a match back where it waited, unless it has a reason to go. */
+static void netchan__wait_again(netchan__waiter *w) {
+    w->match = NULL;
+    if (w->lost) {
+        netchan__forget(w);
+    } else if (w->withdrawn) {
+        if (w->is_try) netchan__emit_entry(w, NETCHAN__WITHDRAWN, 0, 0);
+        netchan__forget(w);
+    } else {
+        netchan__enqueue(netchan__queue_of(w), w, true);
+        if (w->lane) netchan__update_ready(w->lane);
+        if (w->is_send && w->lane->closing) netchan__turn_away(w->lane);
+    }
+}
+
+/* The operation will be open again, once netchan__settle() has looked at P5. */
+static void netchan__release(netchan__op *op) {
+    op->is_released = true;
+    op->prev_released = NULL;
+    op->next_released = netchan__net.released;
+    if (op->next_released) op->next_released->prev_released = op;
+    netchan__net.released = op;
+}
+
+/* Undoes a lock, or a wish for one. */
+static void netchan__unlock_party(netchan__match *m, netchan__waiter *w, bool locked) {
+    netchan__lane *lane = m->lane;
+    if (!w) return;
+    if (!w->op) {
+        if (locked && !w->lost && !(w->is_send && w->here)) netchan__emit_entry(w, NETCHAN__RELEASE, m->id, 0);
+        netchan__wait_again(w);
+        return;
+    }
+    if (locked) netchan__release(w->op);
+    netchan__wait_again(w);
+    netchan__update_ready(lane);
+}
+
+/* The buffer's side of a match that is over: the value is gone, or comes back; the slot is free again. */
+static void netchan__settle_buffer(netchan__match *m, bool value_back, bool redelivered) {
+    netchan__lane *lane = m->lane;
+    if (m->to_buffer) lane->reserved--;
+    if (!m->from_buffer) return;
+    lane->out--;
+    lane->pinned -= m->pinned;
+    if (!value_back) return;
+    netchan__slot slot = {m->value, m->size, m->redelivered || redelivered};
+    m->value = netchan__nil_value;
+    netchan__lane_unpop(lane, slot);
+}
+
+/* The party whose lock was asked for is over or gone: the other one waits again. The match ends. */
+static void netchan__fall_through(netchan__match *m) {
+    netchan__waiter *other = netchan__party(m, m->step == 0 ? 1 : 0), *asked = netchan__party(m, m->step == 0 ? 0 : 1);
+    bool locked = m->step == 1;
+    netchan__unlink_match(m);
+    if (asked) netchan__forget(asked); /* remote: a local one is gone, and NULL */
+    netchan__settle_buffer(m, true, false);
+    netchan__unlock_party(m, other, locked);
+    netchan__free_match(m);
+}
+
+/* Everything is decided and the sender is to learn it. taker: who has the value. */
+static void netchan__end_match(netchan__match *m, int result, uint64_t taker) {
+    netchan__waiter *s = m->sender, *r = m->receiver;
+    netchan__unlink_match(m);
+    netchan__settle_buffer(m, false, false);
+    if (r && !r->op) netchan__forget(r);
+    if (s) netchan__finish_sender(s, result, taker);
+    netchan__free_match(m);
+}
+
+/* Sends the value to a remote receiver that is locked. */
+static void netchan__ship(netchan__match *m) {
+    netchan__waiter *r = m->receiver;
+    netchan__frame f;
+    memset(&f, 0, sizeof f);
+    f.type = NETCHAN__COMMIT;
+    f.entry = r->id;
+    f.match = m->id;
+    f.flags = netchan__flag(m->redelivered, NETCHAN__REDELIVERED);
+    f.has_value = true;
+    f.value = *netchan__match_value(m);
+    f.size = m->size;
+    m->step = 3;
+    m->position = r->peer->emit(r->peer, &f);
+}
+
+/* Both parties are locked. */
+static void netchan__commit(netchan__match *m) {
+    netchan__waiter *r = m->receiver;
+    netchan_value *v = netchan__match_value(m);
+    if (!r) {
+        netchan__lane_push(m->lane, v, m->size);
+        netchan__end_match(m, NETCHAN_OK, 0);
+    } else if (r->op) {
+        r->match = NULL;
+        m->receiver = NULL;
+        netchan__finish_receive(r, v, netchan__sender_number(m->lane, m->sender), m->redelivered);
+        netchan__end_match(m, NETCHAN_OK, 0);
+    } else if (m->carried) netchan__end_match(m, NETCHAN_OK, r->peer->number);
+    else if (r->lost) netchan__end_match(m, NETCHAN_ELOST, 0);
+    else netchan__ship(m);
+}
+
+/* Asks for the locks that are missing, as far as it goes now. */
+static void netchan__progress(netchan__match *m) {
+    for (; m->step < 2; m->step++) {
+        enum netchan__lock_answer answer = netchan__lock_party(m, m->step);
+        if (answer == NETCHAN__ASKED) return;
+        if (answer == NETCHAN__GONE) {
+            netchan__fall_through(m);
+            return;
+        }
+    }
+    netchan__commit(m);
+}
+
+/* ---- The owner of a remote operation: claims on the waiters of this process. ---- */
+
+static void netchan__emit_match(netchan__peer *p, unsigned type, uint64_t match) {
+    netchan__frame f;
+    memset(&f, 0, sizeof f);
+    f.type = type;
+    f.match = match;
+    p->emit(p, &f);
+}
+
+static void netchan__unregister(netchan__waiter *w) {
+    netchan_clear(&w->claim_value);
+    if (w->announced && w->peer) w->peer->reserved -= w->announced;
+    w->announced = 0;
+    netchan__buf_free(&w->incoming);
+    w->claim = 0;
+    if (!w->id) return;
+    netchan__map_remove(&netchan__net.waiters, w->id);
+    if (w->here && w->peer) w->peer->offered -= w->size;
+    w->here = false;
+    w->id = 0;
+    w->peer = NULL;
+}
+
+/* The operation is done with all its cases but w (may be NULL). */
+static void netchan__withdraw_others(netchan__op *op, const netchan__waiter *w) {
+    for (size_t i = 0; i < op->count; i++) {
+        netchan__waiter *other = &op->waiters[i];
+        if (other == w || !other->ch) continue;
+        netchan__dequeue(other);
+        if (other->lane) netchan__update_ready(other->lane);
+        netchan__match *m = other->match;
+        if (m) { /* it waits for this lock, or will be asked for it */
+            bool asked = netchan__party(m, m->step) == other;
+            if (m->sender == other) m->sender = NULL, m->sender_gone = true;
+            else m->receiver = NULL, m->receiver_gone = true;
+            other->match = NULL;
+            if (asked) { /* else a claim is outstanding to the other party (P2) */
+                m->next_declined = netchan__net.declined;
+                netchan__net.declined = m;
+            }
+        } else if (other->peer && other->claim) netchan__emit_match(other->peer, NETCHAN__DECLINE, other->claim);
+        else if (other->peer) netchan__emit_entry(other, NETCHAN__WITHDRAW, 0, 0);
+        netchan__unregister(other);
+    }
+    op->claims = op->last_claim = NULL;
+    if (!op->is_released) return;
+    op->is_released = false;
+    if (op->prev_released) op->prev_released->next_released = op->next_released;
+    else netchan__net.released = op->next_released;
+    if (op->next_released) op->next_released->prev_released = op->prev_released;
+}
+
+/* The operation of w is open: it grants the remote claim on w. */
+static void netchan__grant(netchan__waiter *w) {
+    netchan__op *op = w->op;
+    netchan__peer *p = w->peer;
+    netchan__frame f;
+    memset(&f, 0, sizeof f);
+    f.type = NETCHAN__GRANT;
+    f.match = w->claim;
+    f.entry = w->id;
+    if (w->is_send) {
+        f.has_value = true;
+        f.value = w->value;
+        f.size = w->size;
+    }
+    bool takes = w->claim_final && !w->is_send && w->announced == 0;
+    op->engaged = w;
+    netchan__set_state(op, w->claim_final ? NETCHAN__COMMITTED : NETCHAN__ENGAGED);
+    w->position = p->emit(p, &f);
+    if (w->claim_final) netchan__withdraw_others(op, w);
+    if (takes) netchan__finish_receive(w, &w->claim_value, p->number, w->claim_redelivered);
+}
+
+static netchan__waiter *netchan__waiter_of(netchan__peer *p, uint64_t id) {
+    netchan__waiter *w = (netchan__waiter *)netchan__map_get(&netchan__net.waiters, id);
+    return w && w->peer == p ? w : NULL;
+}
+
+/* A large value is announced: its memory is reserved before the first fragment. */
+static bool netchan__announce(netchan__peer *p, uint64_t size, size_t *announced) {
+    if (size > p->max_message || p->reserved + size > p->max_memory) {
+        netchan__breach(p, NETCHAN_ETOOBIG, "it announced a value over max_message, or more of them than max_memory");
+        return false;
+    }
+    *announced = (size_t)size;
+    p->reserved += (size_t)size;
+    return true;
+}
+
+static void netchan__on_claim(netchan__peer *p, netchan__frame *f) {
+    netchan__waiter *w = netchan__waiter_of(p, f->entry);
+    if (!w || netchan__state(w->op) >= NETCHAN__COMMITTED) {
+        netchan__emit_match(p, NETCHAN__DECLINE, f->match);
+        return;
+    }
+    if (w->claim || !f->match) {
+        netchan__breach(p, NETCHAN_EPROTO, "it claimed what it had claimed already");
+        return;
+    }
+    bool final = f->flags & NETCHAN__FINAL;
+    if (f->has_value && (w->is_send || !final)) {
+        netchan__breach(p, NETCHAN_EPROTO, "it sent a value with a claim that takes none");
+        return;
+    }
+    if (final && !w->is_send && !f->has_value && !netchan__announce(p, f->size, &w->announced)) return;
+    w->claim = f->match;
+    w->claim_final = final;
+    w->claim_redelivered = f->flags & NETCHAN__REDELIVERED;
+    w->claim_value = f->value;
+    f->value = netchan__nil_value;
+    if (netchan__state(w->op) == NETCHAN__OPEN) {
+        netchan__grant(w);
+        return;
+    }
+    w->next_claim = NULL;
+    if (w->op->last_claim) w->op->last_claim->next_claim = w;
+    else w->op->claims = w;
+    w->op->last_claim = w;
+}
+
+/* The waiter that is engaged or committed to this match, or NULL. */
+static netchan__waiter *netchan__engaged_waiter(netchan__peer *p, uint64_t entry, uint64_t match) {
+    netchan__waiter *w = netchan__waiter_of(p, entry);
+    return w && w->op->engaged == w && w->claim == match && netchan__state(w->op) >= NETCHAN__ENGAGED ? w : NULL;
+}
+
+static void netchan__on_commit(netchan__peer *p, netchan__frame *f) {
+    netchan__waiter *w = netchan__engaged_waiter(p, f->entry, f->match);
+    if (!w || w->is_send || w->incoming.cap) {
+        netchan__breach(p, NETCHAN_EPROTO, "it committed a match that was not granted");
+        return;
+    }
+    netchan__set_state(w->op, NETCHAN__COMMITTED);
+    netchan__withdraw_others(w->op, w);
+    w->claim_redelivered = f->flags & NETCHAN__REDELIVERED;
+    if (f->has_value) {
+        netchan__emit_match(p, NETCHAN__TAKEN, f->match);
+        netchan__finish_receive(w, &f->value, p->number, w->claim_redelivered);
+    } else if (!w->announced) netchan__announce(p, f->size, &w->announced);
+    else if (w->announced != f->size) netchan__breach(p, NETCHAN_EPROTO, "it changed the size of a value");
+}
+
+/* Adds a fragment. Returns true when the value is whole, which is then in *v. */
+static bool netchan__gather(netchan__peer *p, netchan__buf *incoming, size_t announced, const netchan__frame *f, netchan_value *v) {
+    if (!announced || f->count > announced - netchan__buf_size(incoming)) {
+        netchan__breach(p, NETCHAN_EPROTO, "it sent more fragments than it had announced");
+        return false;
+    }
+    if (!netchan__buf_append(incoming, f->bytes, f->count)) {
+        netchan__breach(p, NETCHAN_ENOMEM, "out of memory for a value it sent");
+        return false;
+    }
+    if (netchan__buf_size(incoming) < announced) return false;
+    int result = netchan_decode(v, incoming->data + incoming->start, announced, p->max_memory);
+    netchan__buf_free(incoming);
+    if (result == NETCHAN_OK) return true;
+    netchan__breach(p, result, "it sent a value that cannot be decoded, or not within max_memory");
+    return false;
+}
+
+static void netchan__on_fragment_for_receiver(netchan__peer *p, netchan__frame *f) {
+    netchan__waiter *w = netchan__waiter_of(p, f->match);
+    if (!w || w->op->engaged != w || netchan__state(w->op) != NETCHAN__COMMITTED || w->is_send) {
+        netchan__breach(p, NETCHAN_EPROTO, "it sent a fragment of nothing");
+        return;
+    }
+    netchan_value v = netchan__nil_value;
+    if (!netchan__gather(p, &w->incoming, w->announced, f, &v)) return;
+    netchan__emit_match(p, NETCHAN__TAKEN, w->claim);
+    netchan__finish_receive(w, &v, p->number, w->claim_redelivered);
+}
+
+static void netchan__on_release(netchan__peer *p, netchan__frame *f) {
+    netchan__waiter *w = netchan__engaged_waiter(p, f->entry, f->match);
+    if (!w || netchan__state(w->op) != NETCHAN__ENGAGED || w->op->is_released) {
+        netchan__breach(p, NETCHAN_EPROTO, "it released a match that was not granted");
+        return;
+    }
+    w->claim = 0;
+    netchan__release(w->op);
+}
+
+static void netchan__on_accept(netchan__peer *p, netchan__frame *f) {
+    netchan__waiter *w = netchan__waiter_of(p, f->entry);
+    if (!w) return; /* it was given up here */
+    int state = netchan__state(w->op);
+    bool expected = w->is_send && (state == NETCHAN__OPEN ? w->here : w->op->engaged == w);
+    if (!expected || f->number > 15) {
+        netchan__breach(p, NETCHAN_EPROTO, "it accepted what was not offered");
+        return;
+    }
+    netchan__dequeue(w);
+    netchan__set_state(w->op, NETCHAN__COMMITTED);
+    w->op->peer = p->number;
+    netchan__finish(w->op, w, -(int)f->number);
+}
+
+/* One of the tries of an operation is over without success. */
+static void netchan__try_failed(netchan__waiter *w) {
+    netchan__op *op = w->op;
+    netchan__dequeue(w);
+    netchan__unregister(w);
+    if (op->tries && --op->tries == 0 && netchan__change_state(op, NETCHAN__OPEN, NETCHAN__ENGAGED))
+        netchan__finish(op, NULL, NETCHAN_ETIMEDOUT);
+}
+
+static void netchan__on_withdrawn(netchan__peer *p, netchan__frame *f) {
+    netchan__waiter *w = netchan__waiter_of(p, f->entry);
+    if (w && w->is_try && !w->claim) netchan__try_failed(w);
+}
+
+/* ---- Ends: where this process waits for what has its home elsewhere. ---- */
+
+static void netchan__flush_backlog(netchan *ch) {
+    while (ch->backlog_count && ch->credit && ch->home) {
+        netchan__reader r = {ch->backlog.data + ch->backlog.start, ch->backlog.data + ch->backlog.end, false};
+        netchan__frame f;
+        memset(&f, 0, sizeof f);
+        f.type = NETCHAN__DATA;
+        f.channel = ch->channel;
+        f.count = (size_t)netchan__read_varint(&r);
+        f.bytes = r.p;
+        ch->home->emit(ch->home, &f);
+        netchan__buf_consume(&ch->backlog, (size_t)(r.p - (ch->backlog.data + ch->backlog.start)) + f.count);
+        ch->backlog_count--;
+        ch->credit--;
+        ch->data_sent++;
+    }
+}
+
+/* Sends within credit; then the close, once all that was sent before it is on its way. */
+static void netchan__pair_end(netchan *ch) {
+    netchan__flush_backlog(ch);
+    while (ch->home && ch->credit && !ch->backlog_count) {
+        netchan__waiter *s = ch->lane.senders.head;
+        while (s && (netchan__state(s->op) != NETCHAN__OPEN || s->id)) s = s->next;
+        if (!s) break;
+        netchan__frame f;
+        memset(&f, 0, sizeof f);
+        f.type = NETCHAN__DATA;
+        f.channel = ch->channel;
+        f.has_value = true;
+        f.value = s->value;
+        f.size = s->size;
+        ch->credit--;
+        ch->data_sent++;
+        ch->home->emit(ch->home, &f);
+        netchan__dequeue(s);
+        netchan__change_state(s->op, NETCHAN__OPEN, NETCHAN__ENGAGED);
+        s->op->peer = ch->home->number;
+        netchan__finish(s->op, s, NETCHAN_OK);
+    }
+    if (!ch->home || !ch->closing || ch->close_sent || ch->backlog_count) return;
+    netchan__emit_channel(ch->home, NETCHAN__CLOSE, ch->channel, 0);
+    ch->close_sent = true;
+}
+
+/* Tells the home that w waits. Values that fit into credit wait for it here instead. */
+static void netchan__register(netchan__waiter *w) {
+    netchan__peer *p = w->ch->home;
+    if (!p || w->id) return;
+    bool large = w->size > NETCHAN__FRAGMENT;
+    if (w->is_send && w->ch->lane.cap && !large) return;
+    if (w->is_send && w->size > p->their_message) {
+        if (!netchan__change_state(w->op, NETCHAN__OPEN, NETCHAN__ENGAGED)) return;
+        netchan__dequeue(w);
+        netchan__finish(w->op, w, NETCHAN_ETOOBIG);
+        return;
+    }
+    uint64_t id = ++netchan__net.last_id;
+    if (!netchan__map_put(&netchan__net.waiters, id, w)) {
+        netchan__give_up(w);
+        return;
+    }
+    w->id = id;
+    w->peer = p;
+    netchan__frame f;
+    memset(&f, 0, sizeof f);
+    f.type = w->is_send ? NETCHAN__OFFER : NETCHAN__DEMAND;
+    f.channel = w->ch->channel;
+    f.entry = id;
+    f.op = w->op_id;
+    f.size = w->size;
+    if (w->is_send && !w->multi && (w->firm || w->is_try) && !large && p->offered + w->size <= p->their_offers) {
+        w->here = true;
+        f.has_value = true;
+        f.value = w->value;
+        p->offered += w->size;
+    }
+    f.flags = netchan__flag(w->multi, NETCHAN__MULTI) | netchan__flag(w->is_try, NETCHAN__TRY) |
+              netchan__flag(w->firm, NETCHAN__FIRM) | netchan__flag(w->here, NETCHAN__HERE);
+    uint64_t position = p->emit(p, &f);
+    w->position = w->here ? position : 0;
+    if (w->is_try) w->op->tries++;
+}
+
+static void netchan__on_credit(netchan__peer *p, netchan__frame *f) {
+    netchan *ch = p->send;
+    if (!ch || f->channel != ch->channel || f->number > ch->lane.cap - ch->credit) {
+        netchan__breach(p, NETCHAN_EPROTO, "it lent more than the capacity");
+        return;
+    }
+    ch->credit += (size_t)f->number;
+    netchan__mark_dirty(ch);
+}
+
+static void netchan__on_closed(netchan__peer *p, netchan__frame *f) {
+    netchan *ch = p->recv;
+    if (!ch || f->channel != ch->channel) {
+        netchan__breach(p, NETCHAN_EPROTO, "it closed a channel that does not exist");
+        return;
+    }
+    ch->closing = ch->closed = true;
+    for (netchan__waiter *r; (r = netchan__seize(&ch->receivers));) netchan__finish(r->op, r, NETCHAN_ECLOSED);
+}
+
+/* ---- The home: entries of remote operations, and what they answer. ---- */
+
+static void netchan__on_waiter(netchan__peer *p, netchan__frame *f) {
+    bool is_send = f->type == NETCHAN__OFFER;
+    netchan__lane *lane = p->lane;
+    netchan *ch = is_send ? (lane ? lane->ch : NULL) : p->work;
+    bool here = (f->flags & NETCHAN__HERE) != 0;
+    if (!ch || f->channel != (is_send ? 0u : 1u) || !f->entry || netchan__map_get(&p->waiters, f->entry) || here != f->has_value) {
+        netchan__breach(p, NETCHAN_EPROTO, "it offered or demanded on a channel that does not exist, or twice");
+        return;
+    }
+    if (p->waiters.count >= p->max_ops || f->size > p->max_message ||
+        (here && p->offered + f->size > p->max_memory / 2)) {
+        netchan__breach(p, NETCHAN_EPROTO, "it has more operations than max_ops, or larger ones than max_message and max_memory");
+        return;
+    }
+    netchan__waiter *w = (netchan__waiter *)netchan__alloc(sizeof *w);
+    if (!w || !netchan__map_put(&p->waiters, f->entry, w)) {
+        NETCHAN_FREE(w);
+        netchan__breach(p, NETCHAN_ENOMEM, "out of memory for one of its operations");
+        return;
+    }
+    w->ch = ch;
+    w->lane = is_send ? lane : NULL;
+    w->peer = p;
+    w->peer_number = p->number;
+    w->id = f->entry;
+    w->op_id = f->op;
+    w->value = f->value;
+    f->value = netchan__nil_value;
+    w->size = (size_t)f->size;
+    w->is_send = is_send;
+    w->multi = f->flags & NETCHAN__MULTI;
+    w->is_try = f->flags & NETCHAN__TRY;
+    w->firm = (f->flags & NETCHAN__FIRM) && !w->multi && !w->is_try;
+    w->here = here;
+    if (here) p->offered += w->size;
+    if (is_send ? lane->closing : ch->closed) {
+        if (is_send && here) netchan__finish_sender(w, NETCHAN_ECLOSED, 0);
+        else netchan__forget(w);
+        return;
+    }
+    netchan__enqueue(netchan__queue_of(w), w, false);
+    if (w->lane) {
+        netchan__fill(lane);
+        netchan__update_ready(lane);
+    }
+    uint64_t id = w->id;
+    netchan__pair(ch);
+    w = (netchan__waiter *)netchan__map_get(&p->waiters, id);
+    if (!w || !w->is_try) return;
+    w->withdrawn = true; /* if it is in a match: when that falls through */
+    if (w->match) return;
+    netchan__dequeue(w);
+    netchan__wait_again(w);
+}
+
+static void netchan__on_withdraw(netchan__peer *p, netchan__frame *f) {
+    netchan__waiter *w = (netchan__waiter *)netchan__map_get(&p->waiters, f->entry);
+    if (!w) return;
+    if (w->match) w->withdrawn = true;
+    else netchan__forget(w);
+}
+
+/* The match whose claim this peer answers, or NULL. step: which step it must be in; -1: either claim. */
+static netchan__match *netchan__answered(netchan__peer *p, uint64_t id, int step) {
+    netchan__match *m = (netchan__match *)netchan__map_get(&netchan__net.matches, id);
+    if (!m || (step < 0 ? m->step > 1 : m->step != step)) return NULL;
+    netchan__waiter *w = step == 3 ? m->receiver : netchan__party(m, m->step);
+    return w && !w->op && !w->lost && w->peer == p ? m : NULL;
+}
+
+static void netchan__locked(netchan__match *m) {
+    m->step++;
+    netchan__progress(m);
+}
+
+static void netchan__on_grant(netchan__peer *p, netchan__frame *f) {
+    netchan__match *m = netchan__answered(p, f->match, -1);
+    netchan__waiter *w = m ? netchan__party(m, m->step) : NULL;
+    if (!w || (w->is_send && f->size != w->size && !f->has_value) || (!w->is_send && f->has_value)) {
+        netchan__breach(p, NETCHAN_EPROTO, "it granted what was not claimed");
+        return;
+    }
+    if (w->is_send && f->has_value) {
+        m->value = f->value;
+        m->size = (size_t)f->size;
+        f->value = netchan__nil_value;
+    }
+    if (!w->is_send || f->has_value) netchan__locked(m); /* else the fragments follow */
+}
+
+static void netchan__on_fragment_of_sender(netchan__peer *p, netchan__frame *f) {
+    netchan__match *m = netchan__answered(p, f->match, -1);
+    if (!m || netchan__party(m, m->step) != m->sender) {
+        netchan__breach(p, NETCHAN_EPROTO, "it sent a fragment of nothing");
+        return;
+    }
+    if (netchan__gather(p, &m->incoming, m->announced, f, &m->value)) netchan__locked(m);
+}
+
+static void netchan__on_decline(netchan__peer *p, netchan__frame *f) {
+    netchan__match *m = netchan__answered(p, f->match, -1);
+    if (m) netchan__fall_through(m);
+    else netchan__breach(p, NETCHAN_EPROTO, "it declined what was not claimed");
+}
+
+static void netchan__on_taken(netchan__peer *p, netchan__frame *f) {
+    netchan__match *m = netchan__answered(p, f->match, 3);
+    if (m) netchan__end_match(m, NETCHAN_OK, p->number);
+    else netchan__breach(p, NETCHAN_EPROTO, "it took what was not committed");
+}
+
+static void netchan__on_data(netchan__peer *p, netchan__frame *f) {
+    netchan__lane *lane = p->lane;
+    if (!lane || f->channel != 0 || !lane->lent || lane->closing || !f->has_value) {
+        netchan__breach(p, NETCHAN_EPROTO, "it sent without credit, or after its close");
+        return;
+    }
+    if (!netchan__lane_room(lane)) {
+        netchan__breach(p, NETCHAN_ENOMEM, "out of memory for a value it sent");
+        return;
+    }
+    lane->lent--;
+    netchan__lane_push(lane, &f->value, (size_t)f->size);
+    netchan__lane_changed(lane);
+}
+
+/* A lane of a merge that is closed and empty goes. */
+static void netchan__retire_lane(netchan__lane *lane) {
+    netchan *ch = lane->ch;
+    if (lane->count || lane->matching || lane->senders.head) return;
+    if (lane->peer) lane->peer->lane = NULL;
+    if (netchan__net.on_drained) netchan__net.on_drained(lane);
+    if (lane->is_ready) netchan__update_ready(lane);
+    if (lane->prev) lane->prev->next = lane->next;
+    else ch->lanes = lane->next;
+    if (lane->next) lane->next->prev = lane->prev;
+    netchan__lane_clear(lane);
+    NETCHAN_FREE(lane);
+}
+
+static void netchan__on_close(netchan__peer *p, netchan__frame *f) {
+    if (!p->lane || f->channel != 0 || p->lane->closing) {
+        netchan__breach(p, NETCHAN_EPROTO, "it closed a channel that does not exist, or twice");
+        return;
+    }
+    p->lane->closing = true;
+    p->lane->lent = 0;
+    netchan__turn_away(p->lane);
+    netchan__lane_changed(p->lane);
+}
+
+/* Works off one message of a peer, which may be any bytes: what it may not say is a breach. Call netchan__settle() after the last. */
+static void netchan__handle(netchan__peer *p, netchan__frame *f) {
+    bool from_home = p->send != NULL, to_home = p->work != NULL;
+    if (f->type == NETCHAN__FRAGMENT_OF) {
+        if (from_home) netchan__on_fragment_for_receiver(p, f);
+        else netchan__on_fragment_of_sender(p, f);
+        return;
+    }
+    if (f->type < NETCHAN__CLAIM ? !to_home : !from_home) {
+        netchan__breach(p, NETCHAN_EPROTO, "it sent a message that only the other side may send");
+        return;
+    }
+    switch (f->type) {
+    case NETCHAN__OFFER: case NETCHAN__DEMAND: netchan__on_waiter(p, f); break;
+    case NETCHAN__WITHDRAW: netchan__on_withdraw(p, f); break;
+    case NETCHAN__GRANT: netchan__on_grant(p, f); break;
+    case NETCHAN__DECLINE: netchan__on_decline(p, f); break;
+    case NETCHAN__TAKEN: netchan__on_taken(p, f); break;
+    case NETCHAN__DATA: netchan__on_data(p, f); break;
+    case NETCHAN__CLOSE: netchan__on_close(p, f); break;
+    case NETCHAN__CLAIM: netchan__on_claim(p, f); break;
+    case NETCHAN__COMMIT: netchan__on_commit(p, f); break;
+    case NETCHAN__RELEASE: netchan__on_release(p, f); break;
+    case NETCHAN__ACCEPT: netchan__on_accept(p, f); break;
+    case NETCHAN__WITHDRAWN: netchan__on_withdrawn(p, f); break;
+    case NETCHAN__CREDIT: netchan__on_credit(p, f); break;
+    case NETCHAN__CLOSED: netchan__on_closed(p, f); break;
+    default: break;
+    }
+}
+
+/* The last fragment of a large value stands in the stream and ends at this position. */
+static void netchan__shipped(netchan__peer *p, uint64_t entry, uint64_t match, uint64_t position) {
+    netchan__match *m = p->work ? (netchan__match *)netchan__map_get(&netchan__net.matches, match) : NULL;
+    netchan__waiter *w = p->work ? NULL : netchan__waiter_of(p, entry);
+    if (m) m->position = position;
+    if (w) w->position = position;
+}
+
+/* P5: an operation that was engaged is open again. */
+static void netchan__reopen(netchan__op *op) {
+    op->engaged = NULL;
+    if (op->expired || (op->tries == 0 && op->waiters[0].is_try)) {
+        netchan__finish(op, NULL, NETCHAN_ETIMEDOUT);
+        return;
+    }
+    for (size_t i = 0; i < op->count; i++) {
+        netchan__waiter *w = &op->waiters[i];
+        if (!w->ch || w->match) continue;
+        bool closed = w->is_send ? (w->lane ? w->lane->closing : w->ch->closing) : w->ch->closed;
+        if (!closed && !w->lost) continue;
+        netchan__finish(op, w, closed ? NETCHAN_ECLOSED : NETCHAN_ELOST);
+        return;
+    }
+    netchan__set_state(op, NETCHAN__OPEN);
+    netchan__waiter *w = op->claims;
+    if (!w) {
+        for (size_t i = 0; i < op->count; i++)
+            if (op->waiters[i].ch) netchan__mark_dirty(op->waiters[i].ch);
+        return;
+    }
+    op->claims = w->next_claim;
+    if (!op->claims) op->last_claim = NULL;
+    if (!w->match) {
+        netchan__grant(w);
+        return;
+    }
+    netchan__set_state(op, NETCHAN__ENGAGED);
+    op->engaged = w;
+    w->claim = 0;
+    netchan__locked(w->match);
+}
+
+/* Works off what the last steps set free, until nothing more can happen (I2). Caller holds netchan__net_lock. */
+static void netchan__settle(void) {
+    for (;;) {
+        if (netchan__net.declined) {
+            netchan__match *m = netchan__net.declined;
+            netchan__net.declined = m->next_declined;
+            netchan__fall_through(m);
+        } else if (netchan__net.released) {
+            netchan__op *op = netchan__net.released;
+            netchan__net.released = op->next_released;
+            if (op->next_released) op->next_released->prev_released = NULL;
+            op->is_released = false;
+            netchan__reopen(op);
+        } else if (netchan__net.dirty) {
+            netchan *ch = netchan__net.dirty;
+            netchan__net.dirty = ch->next_dirty;
+            ch->is_dirty = false;
+            if (ch->is_end) netchan__pair_end(ch);
+            else netchan__pair(ch);
+        } else if (netchan__net.changed) { /* after its channel: it may be empty now */
+            netchan__lane *lane = netchan__net.changed;
+            netchan__net.changed = lane->next_changed;
+            lane->is_changed = false;
+            netchan__fill(lane);
+            if (lane->is_ready) netchan__mark_dirty(lane->ch);
+            if (lane->closing) netchan__retire_lane(lane);
+        } else return;
+    }
+}
+
+/* ---- A session begins and ends. ---- */
+
+/* The dialling side has a session: everything that waits on its ends is told to the home. */
+static void netchan__end_up(netchan__peer *p, netchan *ch) {
+    ch->home = p;
+    ch->credit = ch->data_sent = 0;
+    ch->close_sent = false;
+    netchan__queue *queues[2] = {&ch->lane.senders, &ch->receivers};
+    netchan__pair_end(ch);
+    for (int i = 0; i < 2; i++) {
+        netchan__waiter *next;
+        for (netchan__waiter *w = queues[i]->head; w; w = next) {
+            next = w->next;
+            netchan__register(w);
+        }
+    }
+}
+
+/* One local waiter at an end whose home is gone. Truthful: what never left may go again, what may have been taken is unknown. */
+static void netchan__waiter_lost(netchan__waiter *w, uint64_t sent) {
+    netchan__op *op = w->op;
+    bool engaged = op->engaged == w && netchan__state(op) >= NETCHAN__ENGAGED;
+    bool left = w->is_send && w->position && w->position <= sent && (engaged || w->here);
+    bool is_try = w->is_try, registered = w->id != 0;
+    netchan__peer *p = w->peer;
+    if (w->claim && !engaged) { /* a queued claim of the home that is gone */
+        netchan__waiter **at = &op->claims;
+        op->last_claim = NULL;
+        while (*at) {
+            if (*at == w) *at = w->next_claim;
+            else {
+                op->last_claim = *at;
+                at = &(*at)->next_claim;
+            }
+        }
+    }
+    netchan__unregister(w);
+    w->position = 0;
+    if (left && p) p->unknown++;
+    if (engaged) netchan__finish(op, w, left ? NETCHAN_EUNKNOWN : NETCHAN_ELOST);
+    else if (left) {
+        if (netchan__change_state(op, NETCHAN__OPEN, NETCHAN__ENGAGED)) {
+            netchan__dequeue(w);
+            netchan__finish(op, w, NETCHAN_EUNKNOWN);
+        }
+    } else if (is_try && registered) netchan__try_failed(w);
+    else if (!w->is_send && registered) {
+        if (netchan__change_state(op, NETCHAN__OPEN, NETCHAN__ENGAGED)) {
+            netchan__dequeue(w);
+            netchan__finish(op, w, NETCHAN_ELOST);
+        } else w->lost = true; /* it is engaged with another home; see P5 */
+    } /* else it waits for the next session */
+}
+
+/* The dialling side has lost its session. The values that were sent within credit and never left are in the backlog again: unsent of them. */
+static void netchan__end_lost(netchan *ch, netchan__peer *p, size_t unsent) {
+    size_t missing = ch->lane.cap - ch->credit;
+    if (missing > ch->data_sent) missing = ch->data_sent;
+    if (ch->lane.cap && !p->has_all) p->unknown += missing > unsent ? missing - unsent : 0;
+    ch->home = NULL;
+    ch->credit = 0;
+    netchan__queue *queues[2] = {&ch->lane.senders, &ch->receivers};
+    for (int i = 0; i < 2; i++) {
+        for (bool again = true; again;) {
+            again = false;
+            for (netchan__waiter *w = queues[i]->head; w && !again; w = w->next)
+                if (w->peer == p) {
+                    netchan__waiter_lost(w, p->sent);
+                    again = true;
+                }
+        }
+    }
+}
+
+/* The fate of a match one of whose parties is gone (P2). */
+static void netchan__match_lost(netchan__match *m, netchan__peer *p) {
+    netchan__waiter *asked = m->step == 3 ? m->receiver : netchan__party(m, m->step);
+    if (!asked || asked->op || asked->peer != p) return; /* the one that is asked lives, and will answer */
+    bool shipped = asked == m->receiver && (m->step == 3 || m->carried) && m->position <= p->sent;
+    if (!shipped) { /* it has not got the value: as if it had declined */
+        if (m->step == 3) m->step = m->receiver_first ? 0 : 1;
+        netchan__fall_through(m);
+        return;
+    }
+    p->unknown++;
+    if (!m->from_buffer || p->no_redelivery) {
+        netchan__end_match(m, NETCHAN_EUNKNOWN, 0);
+        return;
+    }
+    p->unknown--;
+    netchan__unlink_match(m);
+    netchan__forget(m->receiver);
+    netchan__settle_buffer(m, true, true);
+    netchan__free_match(m);
+}
+
+/* The session with p is over, at home: its waiters go, its matches end or wait for the other party, its values stay. */
+static void netchan__home_lost(netchan__peer *p) {
+    for (size_t i = 0; i < p->waiters.cap; i++)
+        if (p->waiters.slots[i].key) ((netchan__waiter *)p->waiters.slots[i].item)->lost = true;
+    netchan *channels[2] = {p->lane ? p->lane->ch : NULL, p->work};
+    for (int i = 0; i < 2; i++) {
+        netchan__match *next;
+        for (netchan__match *m = channels[i] ? channels[i]->matches : NULL; m; m = next) {
+            next = m->next;
+            netchan__match_lost(m, p);
+        }
+    }
+    for (size_t i = 0; i < p->waiters.cap;) { /* forgetting may move another waiter to this slot */
+        netchan__waiter *w = p->waiters.slots[i].key ? (netchan__waiter *)p->waiters.slots[i].item : NULL;
+        if (w && !w->match) netchan__forget(w);
+        else i++;
+    }
+    for (size_t i = 0; i < p->waiters.cap; i++)
+        if (p->waiters.slots[i].key) ((netchan__waiter *)p->waiters.slots[i].item)->peer = NULL;
+    netchan__map_free(&p->waiters);
+    if (p->lane) {
+        p->lane->closing = true;
+        p->lane->lent = 0;
+        p->lane->peer = NULL;
+        netchan__lane_changed(p->lane);
+        p->lane = NULL;
+    }
+    p->work = NULL;
+}
+
+/* ====================================================================================================================
+ * [8] Operations: what a blocked call does. It registers one waiter per case under the locks of all its channels, pairs, and, if nothing
+ * could happen at once, sleeps on its own condition until somebody finishes it or its time is up.
+ * ================================================================================================================== */
+
+static pthread_mutex_t *netchan__lock_of(netchan *ch) {
+    return __atomic_load_n(&ch->lock, __ATOMIC_ACQUIRE);
+}
+
+static void netchan__give_back(pthread_mutex_t *lock) {
+    if (lock == &netchan__net_lock) {
+        netchan__settle();
+        if (netchan__net.wake && netchan__net.polling) {
+            netchan__net.polling = false;
+            ssize_t ignored = write(netchan__net.wake_fd, "", 1); /* a full pipe wakes as well */
+            (void)ignored;
+        }
+        netchan__net.wake = false;
+    }
+    pthread_mutex_unlock(lock);
+}
+
+static pthread_mutex_t *netchan__lock_channel(netchan *ch) {
+    for (;;) {
+        pthread_mutex_t *lock = netchan__lock_of(ch);
+        pthread_mutex_lock(lock);
+        if (lock == netchan__lock_of(ch)) return lock;
+        pthread_mutex_unlock(lock);
+    }
+}
+
+/* Puts a channel under netchan__net_lock, with all channels of all operations that wait on it. Caller holds netchan__net_lock. */
+static void netchan__adopt(netchan *ch) {
+    if (netchan__is_net(ch)) return;
+    pthread_mutex_lock(&ch->own); /* who is inside leaves first */
+    __atomic_store_n(&ch->lock, &netchan__net_lock, __ATOMIC_RELEASE);
+    pthread_mutex_unlock(&ch->own);
+    netchan__queue *queues[2] = {&ch->lane.senders, &ch->receivers};
+    for (int q = 0; q < 2; q++) {
+        for (netchan__waiter *w = queues[q]->head; w; w = w->next) {
+            for (size_t i = 0; i < w->op->count; i++)
+                if (w->op->waiters[i].ch) netchan__adopt(w->op->waiters[i].ch);
+            w->op->net = true;
+        }
+    }
+}
+
+/* The mutexes of all channels of an operation, sorted, each once. */
+typedef struct netchan__locks {
+    pthread_mutex_t **items;
+    size_t count;
+} netchan__locks;
+
+static int netchan__compare_locks(const void *a, const void *b) {
+    uintptr_t x = (uintptr_t)*(pthread_mutex_t *const *)a, y = (uintptr_t)*(pthread_mutex_t *const *)b;
+    return x < y ? -1 : x > y;
+}
+
+/* Collects them as they are now. Returns whether one is netchan__net_lock, which then stands for all. */
+static bool netchan__collect_locks(const netchan__op *op, netchan__locks *locks) {
+    locks->count = 0;
+    for (size_t i = 0; i < op->count; i++) {
+        if (!op->waiters[i].ch) continue;
+        pthread_mutex_t *lock = netchan__lock_of(op->waiters[i].ch);
+        if (lock == &netchan__net_lock) {
+            locks->items[0] = lock;
+            locks->count = 1;
+            return true;
+        }
+        locks->items[locks->count++] = lock;
+    }
+    if (locks->count < 2) return false;
+    qsort(locks->items, locks->count, sizeof *locks->items, netchan__compare_locks);
+    size_t kept = 1;
+    for (size_t i = 1; i < locks->count; i++)
+        if (locks->items[i] != locks->items[kept - 1]) locks->items[kept++] = locks->items[i];
+    locks->count = kept;
+    return false;
+}
+
+static void netchan__unlock_all(netchan__locks *locks) {
+    while (locks->count) netchan__give_back(locks->items[--locks->count]);
+}
+
+static void netchan__lock_all(netchan__op *op, netchan__locks *locks) {
+    for (;;) {
+        bool net = netchan__collect_locks(op, locks), same = true;
+        for (size_t i = 0; i < locks->count; i++) pthread_mutex_lock(locks->items[i]);
+        if (net) {
+            for (size_t i = 0; i < op->count; i++)
+                if (op->waiters[i].ch) netchan__adopt(op->waiters[i].ch);
+            op->net = true;
+            return;
+        }
+        for (size_t i = 0; i < op->count; i++)
+            if (op->waiters[i].ch && netchan__is_net(op->waiters[i].ch)) same = false;
+        if (same) return;
+        netchan__unlock_all(locks);
+    }
+}
+
+static uint64_t netchan__now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+/* xorshift64* (Vigna 2016): only fairness depends on it. */
+static uint64_t netchan__random(void) {
+    static NETCHAN__THREAD_LOCAL uint64_t state;
+    if (!state) state = netchan__now_ns() ^ (uint64_t)(uintptr_t)&state ^ 0x9E3779B97F4A7C15u;
+    state ^= state >> 12;
+    state ^= state << 25;
+    state ^= state >> 27;
+    return state * 0x2545F4914F6CDD1Du;
+}
+
+static void netchan__cond_init(pthread_cond_t *cond) {
+#if defined(__APPLE__)
+    pthread_cond_init(cond, NULL);
+#else
+    pthread_condattr_t attr;
+    pthread_condattr_init(&attr);
+    pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+    pthread_cond_init(cond, &attr);
+    pthread_condattr_destroy(&attr);
+#endif
+}
+
+/* Waits until the condition is signalled or the monotonic clock shows the deadline. Returns false when it does. May wake for nothing. */
+static bool netchan__cond_wait(pthread_cond_t *cond, pthread_mutex_t *mutex, uint64_t deadline) {
+    if (deadline == UINT64_MAX) return pthread_cond_wait(cond, mutex) == 0;
+    struct timespec t;
+#if defined(__APPLE__)
+    uint64_t now = netchan__now_ns(), left = deadline > now ? deadline - now : 0;
+    t.tv_sec = (time_t)(left / 1000000000u);
+    t.tv_nsec = (long)(left % 1000000000u);
+    return pthread_cond_timedwait_relative_np(cond, mutex, &t) != ETIMEDOUT;
+#else
+    t.tv_sec = (time_t)(deadline / 1000000000u);
+    t.tv_nsec = (long)(deadline % 1000000000u);
+    return pthread_cond_timedwait(cond, mutex, &t) != ETIMEDOUT;
+#endif
+}
+
+static uint64_t netchan__deadline(int timeout_ms) {
+    return timeout_ms < 0 ? UINT64_MAX : netchan__now_ns() + (uint64_t)timeout_ms * 1000000u;
+}
+
+/* Checks one case and copies or measures what it sends. */
+static int netchan__prepare(netchan__waiter *w, netchan_case *c) {
+    w->ch = c->ch;
+    w->is_send = c->is_send;
+    if (!c->is_send) {
+        if (c->into) *c->into = netchan__nil_value;
+        if (w->ch && !w->ch->may_receive) return netchan__fail(NETCHAN_EINVAL, "this channel is only for sends; receive from the other one");
+        return NETCHAN_OK;
+    }
+    if (w->ch && !w->ch->may_send) return netchan__fail(NETCHAN_EINVAL, "this channel is only for receives; send to the other one");
+    netchan__measure m = {0, 0, false};
+    int result = netchan__measure_value(&c->value, 0, &m);
+    if (result != NETCHAN_OK || !w->ch) return result;
+    if (m.channels && w->ch->plain)
+        return netchan__fail(NETCHAN_ETYPE, "the value holds a channel, and this channel leads to another process; send what the channel is for");
+    w->size = m.wire;
+    if (!w->ch->is_end) return netchan__copy_measured(&w->value, &c->value, &m);
+    w->value = c->value;
+    return NETCHAN_OK;
+}
+
+/* Lets case w happen at once if it can. */
+static void netchan__attempt(netchan__waiter *w) {
+    netchan *ch = w->ch;
+    if (w->is_send ? ch->closing : ch->closed) {
+        netchan__change_state(w->op, NETCHAN__OPEN, NETCHAN__ENGAGED);
+        netchan__finish(w->op, w, NETCHAN_ECLOSED);
+    } else if (ch->is_end) {
+        netchan__pair_end(ch);
+    } else {
+        if (w->is_send) netchan__fill(w->lane); /* before a receive on the same channel has its turn */
+        netchan__pair(ch);
+    }
+}
+
+static void netchan__leave_queues(netchan__op *op) {
+    for (size_t i = 0; i < op->count; i++) {
+        netchan__waiter *w = &op->waiters[i];
+        netchan__dequeue(w);
+        if (w->lane) netchan__update_ready(w->lane);
+    }
+}
+
+/* Registers all cases, in random order, and pairs. Caller holds all locks. */
+static void netchan__begin(netchan__op *op) {
+    size_t count = op->count;
+    for (size_t i = 0; i < count; i++) op->waiters[i].turn = i;
+    for (size_t i = count; i > 1; i--) { /* Fisher-Yates, Knuth, TAOCP 3.4.2, algorithm P */
+        size_t j = (size_t)(netchan__random() % i), turn = op->waiters[i - 1].turn;
+        op->waiters[i - 1].turn = op->waiters[j].turn;
+        op->waiters[j].turn = turn;
+    }
+    for (size_t i = 0; i < count; i++) { /* in that order: two cases may wait in one queue */
+        netchan__waiter *w = &op->waiters[op->waiters[i].turn];
+        if (!w->ch) continue;
+        w->lane = w->is_send && !w->ch->is_end ? &w->ch->lane : NULL;
+        netchan__enqueue(netchan__queue_of(w), w, false);
+        if (w->lane) netchan__update_ready(w->lane);
+    }
+    for (size_t i = 0; i < count && netchan__state(op) == NETCHAN__OPEN; i++) {
+        netchan__waiter *w = &op->waiters[op->waiters[i].turn];
+        if (w->ch) netchan__attempt(w);
+    }
+    for (size_t i = 0; i < count && op->net && netchan__state(op) == NETCHAN__OPEN; i++)
+        if (op->waiters[i].ch && op->waiters[i].ch->is_end) netchan__register(&op->waiters[i]);
+    if (op->net) netchan__settle();
+}
+
+/* The time is up. Returns whether the operation is over now; else it will be, as it is engaged. Caller holds all locks. */
+static void netchan__expire(netchan__op *op) {
+    if (netchan__change_state(op, NETCHAN__OPEN, NETCHAN__ENGAGED)) netchan__finish(op, NULL, NETCHAN_ETIMEDOUT);
+    else op->expired = true;
+}
+
+/* Returns whether the operation is finished; false only past the deadline. */
+static bool netchan__sleep(netchan__op *op, uint64_t deadline) {
+    pthread_mutex_lock(&op->mutex);
+    while (!op->finished && netchan__cond_wait(&op->cond, &op->mutex, deadline)) continue;
+    bool finished = op->finished;
+    pthread_mutex_unlock(&op->mutex);
+    return finished;
+}
+
+/* Runs the prepared operation to its end. */
+static void netchan__run(netchan__op *op, netchan__locks *locks, int timeout_ms) {
+    uint64_t deadline = timeout_ms > 0 ? netchan__deadline(timeout_ms) : UINT64_MAX;
+    netchan__lock_all(op, locks);
+    netchan__begin(op);
+    if (timeout_ms == 0 && netchan__state(op) == NETCHAN__OPEN && !op->tries) netchan__expire(op);
+    bool over = op->finished; /* nobody else could have finished it since the locks were taken */
+    if (over) netchan__leave_queues(op);
+    netchan__unlock_all(locks);
+    if (over) return;
+    if (!netchan__sleep(op, deadline)) {
+        netchan__lock_all(op, locks);
+        netchan__expire(op);
+        netchan__unlock_all(locks);
+        netchan__sleep(op, UINT64_MAX);
+    } else if (op->count == 1) return; /* who finished it took its waiter out */
+    netchan__lock_all(op, locks);
+    netchan__leave_queues(op);
+    netchan__unlock_all(locks);
+}
+
+/* One send, receive or select. The caller provides zeroed room for the waiters and for the locks. */
+static int netchan__operate(netchan_case *cases, size_t count, int timeout_ms, netchan__waiter *waiters, pthread_mutex_t **room) {
+    netchan__op op;
+    netchan__locks locks = {room, 0};
+    memset(&op, 0, sizeof op);
+    op.count = count;
+    op.waiters = waiters;
+    op.id = __atomic_add_fetch(&netchan__op_count, 1, __ATOMIC_RELAXED);
+    op.index = NETCHAN_OK;
+    for (size_t i = 0; i < count && op.index == NETCHAN_OK; i++) {
+        netchan__waiter *w = &waiters[i];
+        w->op = &op;
+        w->op_id = op.id;
+        w->index = i;
+        w->multi = count > 1;
+        w->firm = count == 1 && timeout_ms < 0;
+        w->is_try = timeout_ms == 0;
+        cases[i].result = NETCHAN_ETIMEDOUT;
+        op.index = netchan__prepare(w, &cases[i]);
+    }
+    int result = op.index;
+    if (result == NETCHAN_OK) {
+        pthread_mutex_init(&op.mutex, NULL);
+        netchan__cond_init(&op.cond);
+        netchan__run(&op, &locks, timeout_ms);
+        pthread_cond_destroy(&op.cond);
+        pthread_mutex_destroy(&op.mutex);
+        result = op.index < 0 || op.result == NETCHAN_ENOMEM ? op.result : op.index;
+        netchan__note(op.result, netchan_strerror(op.result));
+    }
+    for (size_t i = 0; i < count; i++)
+        if (waiters[i].ch && !waiters[i].ch->is_end) netchan_clear(&waiters[i].value);
+    if (result < 0 || op.index < 0) return result;
+    netchan_case *c = &cases[op.index];
+    c->result = op.result;
+    c->peer.id = op.peer;
+    c->redelivered = op.redelivered;
+    if (c->into && !c->is_send) *c->into = op.value;
+    else netchan_clear(&op.value);
+    return result;
+}
+
+NETCHANDEF netchan_case netchan_case_send(netchan *ch, netchan_value v) {
+    netchan_case c;
+    memset(&c, 0, sizeof c);
+    c.ch = ch;
+    c.is_send = true;
+    c.value = v;
+    return c;
+}
+
+NETCHANDEF netchan_case netchan_case_recv(netchan *ch, netchan_value *v) {
+    netchan_case c;
+    memset(&c, 0, sizeof c);
+    c.ch = ch;
+    c.into = v;
+    return c;
+}
+
+static int netchan__operate_one(netchan_case *c, int timeout_ms) {
+    netchan__waiter waiter;
+    pthread_mutex_t *lock;
+    memset(&waiter, 0, sizeof waiter);
+    int result = netchan__operate(c, 1, timeout_ms, &waiter, &lock);
+    return result < 0 ? result : c->result;
+}
+
+NETCHANDEF int netchan_send(netchan *ch, netchan_value v, int timeout_ms) {
+    netchan_case c = netchan_case_send(ch, v);
+    return netchan__operate_one(&c, timeout_ms);
+}
+
+NETCHANDEF int netchan_recv(netchan *ch, netchan_value *v, int timeout_ms) {
+    netchan_case c = netchan_case_recv(ch, v);
+    return netchan__operate_one(&c, timeout_ms);
+}
+
+NETCHANDEF int netchan_select(netchan_case *cases, size_t count, int timeout_ms) {
+    enum { FEW = 8 };
+    netchan__waiter few[FEW], *waiters = few;
+    pthread_mutex_t *few_locks[FEW], **locks = few_locks;
+    if (count && !cases) return netchan__fail(NETCHAN_EINVAL, "netchan_select: %zu cases, but the array is NULL", count);
+    if (count > INT32_MAX) return netchan__fail(NETCHAN_EINVAL, "netchan_select: more cases than an int can number");
+    if (count > FEW) {
+        waiters = (netchan__waiter *)netchan__alloc(count * sizeof *waiters);
+        locks = (pthread_mutex_t **)netchan__alloc(count * sizeof *locks);
+    }
+    int result = NETCHAN_ENOMEM;
+    if (waiters && locks) {
+        memset(waiters, 0, count * sizeof *waiters);
+        result = netchan__operate(cases, count, timeout_ms, waiters, locks);
+    } else netchan__fail_memory("netchan_select");
+    if (waiters != few) NETCHAN_FREE(waiters);
+    if (locks != few_locks) NETCHAN_FREE(locks);
+    return result;
+}
+
+NETCHANDEF netchan *netchan_make(size_t capacity) {
+    netchan *ch = (netchan *)netchan__alloc(sizeof *ch);
+    if (!ch) {
+        netchan__fail_memory("netchan_make");
+        return NULL;
+    }
+    pthread_mutex_init(&ch->own, NULL);
+    ch->lock = &ch->own;
+    ch->refs = 1;
+    ch->may_send = ch->may_receive = true;
+    netchan__lane_init(&ch->lane, ch, capacity);
+    ch->lanes = &ch->lane;
+    return ch;
+}
+
+NETCHANDEF netchan *netchan_retain(netchan *ch) {
+    if (ch) __atomic_add_fetch(&ch->refs, 1, __ATOMIC_RELAXED);
+    return ch;
+}
+
+NETCHANDEF void netchan_free(netchan *ch) {
+    if (!ch || __atomic_sub_fetch(&ch->refs, 1, __ATOMIC_ACQ_REL)) return;
+    NETCHAN_ASSERT(!ch->receivers.head && !ch->lane.senders.head && !ch->matches);
+    netchan__lane_clear(&ch->lane);
+    netchan__buf_free(&ch->backlog);
+    pthread_mutex_destroy(&ch->own);
+    NETCHAN_FREE(ch);
+}
+
+/* At an end: sends that wait here are over; those whose value is at home learn their fate from there. */
+static void netchan__close_end(netchan *ch) {
+    for (bool again = true; again;) {
+        again = false;
+        for (netchan__waiter *s = ch->lane.senders.head; s && !again; s = s->next) {
+            if (s->here || !netchan__change_state(s->op, NETCHAN__OPEN, NETCHAN__ENGAGED)) continue;
+            if (s->id) netchan__emit_entry(s, NETCHAN__WITHDRAW, 0, 0);
+            netchan__finish(s->op, s, NETCHAN_ECLOSED);
+            again = true;
+        }
+    }
+    netchan__pair_end(ch);
+}
+
+NETCHANDEF int netchan_close(netchan *ch) {
+    if (!ch) return netchan__fail(NETCHAN_EINVAL, "netchan_close: the channel is NULL");
+    if (!ch->may_send) return netchan__fail(NETCHAN_EINVAL, "netchan_close: only the sending side closes a channel");
+    pthread_mutex_t *lock = netchan__lock_channel(ch);
+    int result = ch->closing ? NETCHAN_ECLOSED : NETCHAN_OK;
+    if (result == NETCHAN_OK) {
+        ch->closing = ch->lane.closing = true;
+        if (ch->is_end) netchan__close_end(ch);
+        else {
+            netchan__turn_away(&ch->lane);
+            netchan__pair(ch);
+        }
+    }
+    netchan__give_back(lock);
+    return netchan__note(result, "netchan_close: the channel was closed before");
+}
+
+NETCHANDEF size_t netchan_len(netchan *ch) {
+    if (!ch) return 0;
+    pthread_mutex_t *lock = netchan__lock_channel(ch);
+    size_t n = 0;
+    if (ch->is_end) {
+        size_t sent = ch->lane.cap - ch->credit;
+        if (ch->home && ch->lane.cap) n = sent < ch->data_sent ? sent : ch->data_sent;
+        n += ch->backlog_count;
+    }
+    for (netchan__lane *lane = ch->is_end ? NULL : ch->lanes; lane; lane = lane->next) n += lane->count + lane->out;
+    netchan__give_back(lock);
+    return n;
+}
+
+NETCHANDEF size_t netchan_cap(netchan *ch) {
+    if (!ch) return 0;
+    pthread_mutex_t *lock = netchan__lock_channel(ch);
+    size_t n = ch->is_end ? ch->lane.cap : 0;
+    for (netchan__lane *lane = ch->is_end ? NULL : ch->lanes; lane; lane = lane->next) n += lane->cap;
+    netchan__give_back(lock);
+    return n;
+}
+
+/* ====================================================================================================================
+ * [9] Sessions: frames between two processes. A state machine without I/O: bytes of the link go in, bytes for the link come out, time is an
+ * argument. No sockets, no TLS, no clock, no threads. Net.
+ *
+ * Invariants.
+ *   S1  The stream is cut for the link only between frames, so what was not given to the link did not arrive in part.
+ *   S2  Input is refused, not trusted: a frame is whole, known or skipped, and not longer than NETCHAN__FRAME_MAX. After a breach nothing
+ *       more is read.
+ *   S3  A large value delays other frames by one fragment: fragments are put into the stream one at a time, in turn, when it runs low.
+ * ================================================================================================================== */
+
+enum { NETCHAN__WIRE_VERSION = 1, NETCHAN__STREAM_LOW = 2 * NETCHAN__FRAME_MAX };
+
+/* A large value on its way, in fragments. */
+typedef struct netchan__parcel netchan__parcel;
+struct netchan__parcel {
+    netchan__parcel *next;
+    uint64_t entry, match, id; /* id: what stands in the fragments */
+    netchan__buf bytes;
+};
+
+/* What a session tells its owner. */
+enum netchan__news { NETCHAN__NEWS_HELLO, NETCHAN__NEWS_BYE };
+
+typedef struct netchan__session netchan__session;
+struct netchan__session {
+    netchan__peer peer; /* first: a session is a peer */
+    netchan__session *next_pending; /* in netchan__pending */
+    bool is_pending;
+    void *owner;
+    void (*on_news)(netchan__session *s, enum netchan__news news);
+    bool dials;
+    bool hello_received, bye_sent, bye_received;
+    netchan__buf out;      /* whole frames that were not given to the link */
+    uint64_t queued;       /* position of the end of out */
+    netchan__buf in;       /* the beginning of a frame */
+    netchan__parcel *parcels, *last_parcel;
+    uint64_t capacity;     /* HELLO, ours: the capacity we wish for (dialling) or grant */
+    uint64_t their_capacity;
+    int ping_ms;
+    uint64_t last_input, last_ping; /* nanoseconds */
+    uint64_t values_in, values_out;
+    char breach_text[96];
+};
+
+/* Sessions that have something new to send. Net. */
+static netchan__session *netchan__pending;
+
+static void netchan__mark_pending(netchan__session *s) {
+    netchan__net.wake = true;
+    if (s->is_pending) return;
+    s->is_pending = true;
+    s->next_pending = netchan__pending;
+    netchan__pending = s;
+}
+
+/* The fields of each frame type: c channel, e entry, o op, m match, f flags, s size, n number; then v a value, b bytes. */
+static const char *netchan__frame_fields(unsigned type) {
+    switch (type) {
+    case NETCHAN__PING: case NETCHAN__PONG: return "n";
+    case NETCHAN__BYE: return "";
+    case NETCHAN__OFFER: return "ceofsv";
+    case NETCHAN__DEMAND: return "ceof";
+    case NETCHAN__WITHDRAW: case NETCHAN__WITHDRAWN: return "e";
+    case NETCHAN__GRANT: return "msv";
+    case NETCHAN__DECLINE: case NETCHAN__TAKEN: return "m";
+    case NETCHAN__DATA: return "cv";
+    case NETCHAN__CLOSE: case NETCHAN__CLOSED: return "c";
+    case NETCHAN__FRAGMENT_OF: return "mb";
+    case NETCHAN__CLAIM: case NETCHAN__COMMIT: return "emfsv";
+    case NETCHAN__RELEASE: return "em";
+    case NETCHAN__ACCEPT: return "en";
+    case NETCHAN__CREDIT: return "cn";
+    default: return NULL; /* HELLO, and what this version does not know */
+    }
+}
+
+static uint64_t *netchan__frame_field(netchan__frame *f, char field) {
+    switch (field) {
+    case 'c': return &f->channel;
+    case 'e': return &f->entry;
+    case 'o': return &f->op;
+    case 'm': return &f->match;
+    case 'f': return &f->flags;
+    case 's': return &f->size;
+    case 'n': return &f->number;
+    default: return NULL;
+    }
+}
+
+static netchan__session *netchan__session_of(netchan__peer *p) {
+    return (netchan__session *)(void *)p;
+}
+
+/* Appends a frame: its type and fields, and room for `extra` bytes at its end, which are returned. NULL when out of memory. */
+static uint8_t *netchan__append_frame(netchan__session *s, const netchan__frame *frame, size_t extra) {
+    uint8_t head[80], *p = head;
+    netchan__frame f = *frame;
+    *p++ = (uint8_t)f.type;
+    for (const char *field = netchan__frame_fields(f.type); *field && netchan__frame_field(&f, *field); field++)
+        p = netchan__varint_put(p, *netchan__frame_field(&f, *field));
+    size_t length = (size_t)(p - head) + extra, total = netchan__varint_size(length) + length;
+    NETCHAN_ASSERT(total <= NETCHAN__FRAME_MAX);
+    uint8_t *to = netchan__buf_reserve(&s->out, total);
+    if (!to) {
+        netchan__breach(&s->peer, NETCHAN_ENOMEM, "out of memory for what is to be sent to it");
+        return NULL;
+    }
+    to = netchan__varint_put(to, length);
+    memcpy(to, head, (size_t)(p - head));
+    s->out.end += total;
+    s->queued += total;
+    netchan__mark_pending(s);
+    return to + (p - head);
+}
+
+/* Queues a large value to be cut into fragments. */
+static uint64_t netchan__queue_parcel(netchan__session *s, const netchan__frame *f) {
+    netchan__parcel *parcel = (netchan__parcel *)netchan__alloc(sizeof *parcel);
+    uint8_t *to = parcel ? netchan__buf_reserve(&parcel->bytes, (size_t)f->size) : NULL;
+    if (!to) {
+        NETCHAN_FREE(parcel);
+        netchan__breach(&s->peer, NETCHAN_ENOMEM, "out of memory for what is to be sent to it");
+        return UINT64_MAX;
+    }
+    netchan__write_value(to + f->size, &f->value);
+    parcel->bytes.end += (size_t)f->size;
+    parcel->entry = f->entry;
+    parcel->match = f->match;
+    parcel->id = f->type == NETCHAN__COMMIT ? f->entry : f->match;
+    if (s->last_parcel) s->last_parcel->next = parcel;
+    else s->parcels = parcel;
+    s->last_parcel = parcel;
+    return UINT64_MAX; /* netchan__shipped() will tell */
+}
+
+/* netchan__peer.emit */
+static uint64_t netchan__session_emit(netchan__peer *p, const netchan__frame *f) {
+    netchan__session *s = netchan__session_of(p);
+    bool large = f->has_value && f->size > NETCHAN__FRAGMENT;
+    size_t extra = f->bytes ? f->count : f->has_value && !large ? (size_t)f->size : 0;
+    uint8_t *to = netchan__append_frame(s, f, extra);
+    if (!to) return UINT64_MAX;
+    if (f->bytes && extra) memcpy(to, f->bytes, extra);
+    else if (extra) netchan__write_value(to + extra, &f->value);
+    s->values_out += f->has_value || f->type == NETCHAN__DATA;
+    return large ? netchan__queue_parcel(s, f) : s->queued;
+}
+
+/* Puts the next fragment of the first parcel into the stream; the parcels take turns. */
+static void netchan__cut_fragment(netchan__session *s) {
+    netchan__parcel *parcel = s->parcels;
+    size_t size = netchan__buf_size(&parcel->bytes);
+    netchan__frame f;
+    memset(&f, 0, sizeof f);
+    f.type = NETCHAN__FRAGMENT_OF;
+    f.match = parcel->id;
+    f.count = size < NETCHAN__FRAGMENT ? size : (size_t)NETCHAN__FRAGMENT;
+    f.bytes = parcel->bytes.data + parcel->bytes.start;
+    s->peer.emit(&s->peer, &f);
+    netchan__buf_consume(&parcel->bytes, f.count);
+    s->parcels = parcel->next;
+    if (!s->parcels) s->last_parcel = NULL;
+    parcel->next = NULL;
+    if (size > f.count) {
+        if (s->last_parcel) s->last_parcel->next = parcel;
+        else s->parcels = parcel;
+        s->last_parcel = parcel;
+        return;
+    }
+    netchan__shipped(&s->peer, parcel->entry, parcel->match, s->queued);
+    netchan__buf_free(&parcel->bytes);
+    NETCHAN_FREE(parcel);
+}
+
+static void netchan__emit_number(netchan__session *s, unsigned type, uint64_t number) {
+    netchan__frame f;
+    memset(&f, 0, sizeof f);
+    f.type = type;
+    f.number = number;
+    s->peer.emit(&s->peer, &f);
+}
+
+static void netchan__emit_hello(netchan__session *s) {
+    const netchan__peer *p = &s->peer;
+    uint8_t body[128], *at = body;
+    *at++ = NETCHAN__HELLO;
+    memcpy(at, "netchan", 7);
+    at = netchan__varint_put(at + 7, NETCHAN__WIRE_VERSION);
+    memcpy(at, netchan__net.process, sizeof netchan__net.process);
+    at = netchan__varint_put(at + sizeof netchan__net.process, p->max_message);
+    at = netchan__varint_put(at, p->max_memory);
+    at = netchan__varint_put(at, p->max_ops);
+    at = netchan__varint_put(at, (uint64_t)s->ping_ms);
+    at = netchan__varint_put(at, s->capacity);
+    uint8_t length = (uint8_t)(at - body); /* below 128: a varint of one byte */
+    if (!netchan__buf_append(&s->out, &length, 1) || !netchan__buf_append(&s->out, body, length))
+        netchan__breach(&s->peer, NETCHAN_ENOMEM, "out of memory for what is to be sent to it");
+    s->queued += 1u + length;
+    netchan__mark_pending(s);
+}
+
+/* No more frames will come from here. */
+static void netchan__emit_bye(netchan__session *s) {
+    if (s->bye_sent) return;
+    netchan__emit_number(s, NETCHAN__BYE, 0);
+    s->bye_sent = true;
+}
+
+static size_t netchan__clamp(uint64_t n) {
+    return n > SIZE_MAX / 4 ? SIZE_MAX / 4 : (size_t)n;
+}
+
+static void netchan__on_hello(netchan__session *s, netchan__reader *r) {
+    netchan__peer *p = &s->peer;
+    const uint8_t *magic = netchan__read_bytes(r, 7);
+    uint64_t version = netchan__read_varint(r);
+    if (!magic || memcmp(magic, "netchan", 7) || version != NETCHAN__WIRE_VERSION || s->hello_received) {
+        netchan__breach(p, NETCHAN_EPROTO, "it does not speak version 1 of the netchan protocol");
+        return;
+    }
+    const uint8_t *process = netchan__read_bytes(r, sizeof p->process);
+    uint64_t max_message = netchan__read_varint(r), max_memory = netchan__read_varint(r);
+    netchan__read_varint(r); /* max_ops: a caller that exceeds it is told by the breach */
+    netchan__read_varint(r); /* ping_ms: each side looks after itself */
+    s->their_capacity = netchan__read_varint(r);
+    if (r->bad) {
+        netchan__breach(p, NETCHAN_EPROTO, "its greeting is not whole");
+        return;
+    }
+    memcpy(p->process, process, sizeof p->process);
+    p->their_message = netchan__clamp(max_message);
+    p->their_offers = netchan__clamp(max_memory) / 4;
+    s->hello_received = true;
+    s->on_news(s, NETCHAN__NEWS_HELLO);
+}
+
+/* Reads the fields of a frame. Returns false after a breach. */
+static bool netchan__read_frame(netchan__session *s, netchan__frame *f, netchan__reader *r) {
+    const char *field = netchan__frame_fields(f->type);
+    for (; *field && netchan__frame_field(f, *field); field++) *netchan__frame_field(f, *field) = netchan__read_varint(r);
+    size_t left = netchan__left(r);
+    if (r->bad) {
+        netchan__breach(&s->peer, NETCHAN_EPROTO, "it sent a frame that is cut off");
+        return false;
+    }
+    if (*field == 'b') {
+        f->count = left;
+        f->bytes = r->p;
+    } else if (*field == 'v' && left) {
+        if (f->type == NETCHAN__DATA) f->size = left;
+        int result = f->size != left ? NETCHAN_EPROTO : netchan_decode(&f->value, r->p, left, 0);
+        if (result != NETCHAN_OK) {
+            netchan__breach(&s->peer, result, result == NETCHAN_ENOMEM ? "out of memory for a value it sent" : "it sent a malformed value");
+            return false;
+        }
+        f->has_value = true;
+        s->values_in++;
+    }
+    return true;
+}
+
+static void netchan__on_frame(netchan__session *s, unsigned type, netchan__reader *r) {
+    netchan__frame f;
+    memset(&f, 0, sizeof f);
+    f.type = type;
+    if (type == NETCHAN__HELLO) {
+        netchan__on_hello(s, r);
+        return;
+    }
+    if (!s->hello_received) {
+        netchan__breach(&s->peer, NETCHAN_EPROTO, "its first frame was no greeting");
+        return;
+    }
+    if (!netchan__frame_fields(type) || !netchan__read_frame(s, &f, r)) return;
+    switch (type) {
+    case NETCHAN__PING: netchan__emit_number(s, NETCHAN__PONG, f.number); break;
+    case NETCHAN__PONG: break;
+    case NETCHAN__BYE:
+        s->bye_received = true;
+        s->peer.has_all = s->bye_sent;
+        s->on_news(s, NETCHAN__NEWS_BYE);
+        break;
+    default:
+        netchan__handle(&s->peer, &f);
+        netchan_clear(&f.value);
+        break;
+    }
+}
+
+/* Works off whole frames from [p, end). Returns how many bytes they were. */
+static size_t netchan__parse(netchan__session *s, const uint8_t *data, size_t size) {
+    size_t done = 0;
+    while (!s->peer.breach && !s->bye_received) {
+        netchan__reader r = {data + done, data + size, false};
+        uint64_t length = netchan__read_varint(&r);
+        if (r.bad && size - done >= 10) length = UINT64_MAX; /* no varint is longer */
+        else if (r.bad) break;
+        size_t head = r.bad ? 0 : (size_t)(r.p - (data + done));
+        if (length == 0 || length > NETCHAN__FRAME_MAX - head) {
+            snprintf(s->breach_text, sizeof s->breach_text, "it announced a frame of %llu bytes", (unsigned long long)length);
+            netchan__breach(&s->peer, NETCHAN_EPROTO, s->breach_text);
+            break;
+        }
+        if (length > netchan__left(&r)) break;
+        netchan__reader body = {r.p + 1, r.p + length, false};
+        done += head + (size_t)length;
+        netchan__on_frame(s, *r.p, &body);
+    }
+    return done;
+}
+
+/* Bytes from the link. Look at s->peer.breach afterwards, and call netchan__settle() before the lock is given back. */
+static void netchan__session_input(netchan__session *s, uint64_t now, const uint8_t *data, size_t size) {
+    s->last_input = now;
+    if (netchan__buf_size(&s->in)) {
+        if (!netchan__buf_append(&s->in, data, size)) {
+            netchan__breach(&s->peer, NETCHAN_ENOMEM, "out of memory for what it sent");
+            return;
+        }
+        netchan__buf_consume(&s->in, netchan__parse(s, s->in.data + s->in.start, netchan__buf_size(&s->in)));
+        return;
+    }
+    size_t done = netchan__parse(s, data, size);
+    if (done < size && !netchan__buf_append(&s->in, data + done, size - done))
+        netchan__breach(&s->peer, NETCHAN_ENOMEM, "out of memory for what it sent");
+}
+
+/* The next whole frames for the link, at most one record. Returns their bytes, which stay valid until the next call; then call
+ * netchan__session_sent(). 0: there is nothing to send. */
+static size_t netchan__session_output(netchan__session *s, const uint8_t **data) {
+    while (s->parcels && netchan__buf_size(&s->out) < NETCHAN__STREAM_LOW && !s->peer.breach) netchan__cut_fragment(s);
+    const uint8_t *begin = s->out.data + s->out.start;
+    size_t size = 0, left = netchan__buf_size(&s->out);
+    while (size < left) {
+        netchan__reader r = {begin + size, begin + left, false};
+        size_t length = (size_t)netchan__read_varint(&r), total = (size_t)(r.p - (begin + size)) + length;
+        if (size + total > NETCHAN__FRAME_MAX) break;
+        size += total;
+    }
+    *data = begin;
+    return size;
+}
+
+static void netchan__session_sent(netchan__session *s, size_t size) {
+    netchan__buf_consume(&s->out, size);
+    s->peer.sent += size;
+}
+
+static bool netchan__session_idle(const netchan__session *s) {
+    return netchan__buf_size(&s->out) == 0 && !s->parcels;
+}
+
+/* Heartbeats. Returns when to call again, in nanoseconds; a silent peer is a breach. */
+static uint64_t netchan__session_tick(netchan__session *s, uint64_t now) {
+    uint64_t interval = (uint64_t)s->ping_ms * 1000000u;
+    if (!s->hello_received) return now + interval; /* the handshake's deadline holds until then */
+    if (now >= s->last_input + 3 * interval) {
+        snprintf(s->breach_text, sizeof s->breach_text, "nothing was heard from it for %d ms", 3 * s->ping_ms);
+        netchan__breach(&s->peer, NETCHAN_ENET, s->breach_text);
+        return now + interval;
+    }
+    if (now >= s->last_input + interval && now >= s->last_ping + interval) {
+        netchan__emit_number(s, NETCHAN__PING, now / 1000);
+        s->last_ping = now;
+    }
+    uint64_t next = (s->last_input > s->last_ping ? s->last_input : s->last_ping) + interval;
+    return next > now ? next : now + interval;
+}
+
+/* Takes the values that were sent within credit and never left back to the end's backlog, before what is there. Returns how many, or SIZE_MAX
+ * when out of memory (they are lost then, and counted as unknown). */
+static size_t netchan__take_back(netchan__session *s, netchan *ch) {
+    netchan__buf kept = {NULL, 0, 0, 0};
+    size_t count = 0;
+    netchan__reader r = {s->out.data + s->out.start, s->out.data + s->out.end, false};
+    while (ch->lane.cap && netchan__left(&r)) {
+        size_t length = (size_t)netchan__read_varint(&r);
+        netchan__reader body = {r.p + 1, r.p + length, false};
+        bool is_data = *r.p == NETCHAN__DATA && netchan__read_varint(&body) == ch->channel;
+        r.p += length;
+        if (!is_data) continue;
+        uint8_t prefix[10];
+        size_t size = netchan__left(&body), head = (size_t)(netchan__varint_put(prefix, size) - prefix);
+        if (!netchan__buf_append(&kept, prefix, head) || !netchan__buf_append(&kept, body.p, size)) {
+            netchan__buf_free(&kept);
+            return SIZE_MAX;
+        }
+        count++;
+    }
+    if (!count) return 0;
+    if (!netchan__buf_append(&kept, ch->backlog.data ? ch->backlog.data + ch->backlog.start : NULL, netchan__buf_size(&ch->backlog))) {
+        netchan__buf_free(&kept);
+        return SIZE_MAX;
+    }
+    netchan__buf_free(&ch->backlog);
+    ch->backlog = kept;
+    ch->backlog_count += count;
+    return count;
+}
+
+static void netchan__link_peer(netchan__peer *p) {
+    p->prev_peer = NULL;
+    p->next_peer = netchan__net.peers;
+    if (p->next_peer) p->next_peer->prev_peer = p;
+    netchan__net.peers = p;
+}
+
+/* The session is over. Returns how many values are known to nobody but the peer. The session itself can be freed then. */
+static uint64_t netchan__session_lost(netchan__session *s) {
+    netchan__peer *p = &s->peer;
+    if (p->send) {
+        size_t unsent = netchan__take_back(s, p->send);
+        netchan__end_lost(p->send, p, unsent == SIZE_MAX ? 0 : unsent);
+        netchan__end_lost(p->recv, p, 0);
+    }
+    if (p->work) netchan__home_lost(p);
+    p->send = p->recv = NULL;
+    if (p->prev_peer) p->prev_peer->next_peer = p->next_peer;
+    else if (netchan__net.peers == p) netchan__net.peers = p->next_peer;
+    if (p->next_peer) p->next_peer->prev_peer = p->prev_peer;
+    netchan__settle();
+    return p->unknown;
+}
+
+static void netchan__session_free(netchan__session *s) {
+    for (netchan__session **at = &netchan__pending; *at; at = &(*at)->next_pending)
+        if (*at == s) {
+            *at = s->next_pending;
+            break;
+        }
+    while (s->parcels) {
+        netchan__parcel *next = s->parcels->next;
+        netchan__buf_free(&s->parcels->bytes);
+        NETCHAN_FREE(s->parcels);
+        s->parcels = next;
+    }
+    netchan__buf_free(&s->out);
+    netchan__buf_free(&s->in);
+    NETCHAN_FREE(s);
+}
+
+/* ====================================================================================================================
+ * [10] TLS: mbedTLS as a stream between two buffers. It never blocks and never meets a socket: ciphertext is put in, ciphertext is
+ * taken out. All calls are made under netchan__tls_lock, as PSA keeps its keys in one table for the process. No other lock is taken inside.
+ * ================================================================================================================== */
+
+static pthread_mutex_t netchan__tls_lock = PTHREAD_MUTEX_INITIALIZER;
+
+typedef struct netchan__tls {
+    mbedtls_ssl_config conf;
+    mbedtls_x509_crt cert;
+    mbedtls_pk_context key;
+    uint8_t pin[32];
+    bool has_pin, has_psk, made;
+} netchan__tls;
+
+typedef struct netchan__stream {
+    const netchan__tls *tls;
+    mbedtls_ssl_context ssl;
+    const uint8_t *in; /* ciphertext that was received and not used yet */
+    size_t in_left;
+    netchan__buf out; /* ciphertext to be sent */
+    uint8_t seen[32]; /* fingerprint of the peer's key */
+    bool has_seen;
+} netchan__stream;
+
+static const char *const netchan__alpn[] = {"netchan/1", NULL};
+/* ChaCha20-Poly1305 has no practical limit on records under one key (RFC 8446 section 5.5), and there is no key update here. */
+static const int netchan__ciphersuites[] = {MBEDTLS_TLS1_3_CHACHA20_POLY1305_SHA256, MBEDTLS_TLS1_3_AES_128_GCM_SHA256,
+                                            MBEDTLS_TLS1_3_AES_256_GCM_SHA384, 0};
+
+enum { NETCHAN__KEY_MIN = 32 }; /* characters: 128 bits even if each carries only 4 (RFC 9257 section 6 asks for 128) */
+
+static int netchan__tls_fail(int code, int error, const char *what) {
+    char text[128];
+    mbedtls_strerror(error, text, sizeof text);
+    return netchan__fail(code, "%s: %s (mbedTLS -0x%04x)", what, text, (unsigned)-error);
+}
+
+static void netchan__hex(const uint8_t *data, size_t size, char *out) {
+    for (size_t i = 0; i < size; i++) snprintf(out + 2 * i, 3, "%02x", data[i]);
+}
+
+static void netchan__print_fingerprint(const uint8_t *hash, char *out) {
+    memcpy(out, "sha256:", 7);
+    netchan__hex(hash, 32, out + 7);
+}
+
+/* Reads "sha256:<64 hex digits>". */
+static bool netchan__parse_pin(const char *text, uint8_t *hash) {
+    if (strncmp(text, "sha256:", 7) || strlen(text) != 7 + 64) return false;
+    for (size_t i = 0; i < 64; i++) {
+        char c = text[7 + i];
+        int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+        if (digit < 0) return false;
+        hash[i / 2] = (uint8_t)(i % 2 ? hash[i / 2] << 4 | digit : digit);
+    }
+    return true;
+}
+
+static bool netchan__is_pem(const char *text) {
+    return strstr(text, "-----BEGIN") != NULL;
+}
+
+static int netchan__load_cert(mbedtls_x509_crt *cert, const char *text) {
+    if (netchan__is_pem(text)) return mbedtls_x509_crt_parse(cert, (const unsigned char *)text, strlen(text) + 1);
+    return mbedtls_x509_crt_parse_file(cert, text);
+}
+
+static int netchan__load_key(mbedtls_pk_context *key, const char *text) {
+    if (netchan__is_pem(text))
+        return mbedtls_pk_parse_key(key, (const unsigned char *)text, strlen(text) + 1, NULL, 0, mbedtls_psa_get_random, MBEDTLS_PSA_RANDOM_STATE);
+    return mbedtls_pk_parse_keyfile(key, text, NULL, mbedtls_psa_get_random, MBEDTLS_PSA_RANDOM_STATE);
+}
+
+/* A fresh P-256 key and a certificate that it signs itself. */
+static int netchan__make_cert(netchan__tls *t) {
+    uint8_t der[1024], serial[16];
+    mbedtls_x509write_cert w;
+    mbedtls_x509write_crt_init(&w);
+    mbedtls_x509write_crt_set_version(&w, MBEDTLS_X509_CRT_VERSION_3);
+    mbedtls_x509write_crt_set_md_alg(&w, MBEDTLS_MD_SHA256);
+    mbedtls_x509write_crt_set_subject_key(&w, &t->key);
+    mbedtls_x509write_crt_set_issuer_key(&w, &t->key);
+    int e = mbedtls_pk_setup(&t->key, mbedtls_pk_info_from_type(MBEDTLS_PK_ECKEY));
+    if (!e)
+        e = mbedtls_ecp_gen_key(MBEDTLS_ECP_DP_SECP256R1, mbedtls_pk_ec(t->key), mbedtls_psa_get_random, MBEDTLS_PSA_RANDOM_STATE);
+    if (!e) e = mbedtls_psa_get_random(MBEDTLS_PSA_RANDOM_STATE, serial, sizeof serial);
+    serial[0] = (uint8_t)((serial[0] & 0x7f) | 1); /* positive and not zero */
+    if (!e) e = mbedtls_x509write_crt_set_serial_raw(&w, serial, sizeof serial);
+    if (!e) e = mbedtls_x509write_crt_set_subject_name(&w, "CN=netchan");
+    if (!e) e = mbedtls_x509write_crt_set_issuer_name(&w, "CN=netchan");
+    if (!e) e = mbedtls_x509write_crt_set_validity(&w, "20200101000000", "99991231235959"); /* RFC 5280 4.1.2.5: no end */
+    int size = e ? e : mbedtls_x509write_crt_der(&w, der, sizeof der, mbedtls_psa_get_random, MBEDTLS_PSA_RANDOM_STATE);
+    mbedtls_x509write_crt_free(&w);
+    if (size < 0) return size;
+    return mbedtls_x509_crt_parse_der(&t->cert, der + sizeof der - size, (size_t)size);
+}
+
+static int netchan__set_cert(netchan__tls *t, const netchan_options *o) {
+    if (!o->cert != !o->cert_key)
+        return netchan__fail(NETCHAN_EINVAL, "options.cert and options.cert_key go together, and only one is set");
+    int e = o->cert ? netchan__load_cert(&t->cert, o->cert) : netchan__make_cert(t);
+    if (e) return netchan__tls_fail(NETCHAN_EINVAL, e, o->cert ? "options.cert cannot be read" : "no certificate could be made");
+    if (o->cert_key && (e = netchan__load_key(&t->key, o->cert_key)) != 0)
+        return netchan__tls_fail(NETCHAN_EINVAL, e, "options.cert_key cannot be read");
+    if (mbedtls_pk_check_pair(&t->cert.pk, &t->key, mbedtls_psa_get_random, MBEDTLS_PSA_RANDOM_STATE))
+        return netchan__fail(NETCHAN_EINVAL, "options.cert_key is not the key of options.cert");
+    e = mbedtls_ssl_conf_own_cert(&t->conf, &t->cert, &t->key);
+    return e ? netchan__tls_fail(NETCHAN_ENOMEM, e, "the certificate could not be set") : NETCHAN_OK;
+}
+
+static int netchan__set_shared_key(netchan__tls *t, const char *text) {
+    size_t length = strlen(text), distinct = 0;
+    bool seen[256] = {false};
+    for (size_t i = 0; i < length; i++) {
+        distinct += !seen[(unsigned char)text[i]];
+        seen[(unsigned char)text[i]] = true;
+    }
+    if (length < NETCHAN__KEY_MIN || distinct < 8)
+        return netchan__fail(NETCHAN_EAUTH, "options.shared_key can be guessed: it has %zu characters, %zu of them different; at least %d and 8 are needed. "
+                             "It must be random, not a password: make one with netchan_keygen(), or: openssl rand -hex 32",
+                             length, distinct, NETCHAN__KEY_MIN);
+    static const char label[] = "netchan/1 shared key"; /* with its NUL: keeps this use of the secret apart from any other */
+    uint8_t psk[32];
+    mbedtls_sha256_context sha;
+    mbedtls_sha256_init(&sha);
+    int e = mbedtls_sha256_starts(&sha, 0);
+    if (!e) e = mbedtls_sha256_update(&sha, (const unsigned char *)label, sizeof label);
+    if (!e) e = mbedtls_sha256_update(&sha, (const unsigned char *)text, length);
+    if (!e) e = mbedtls_sha256_finish(&sha, psk);
+    mbedtls_sha256_free(&sha);
+    if (!e) e = mbedtls_ssl_conf_psk(&t->conf, psk, sizeof psk, (const unsigned char *)"netchan", 7);
+    mbedtls_platform_zeroize(psk, sizeof psk);
+    if (e) return netchan__tls_fail(NETCHAN_ENOMEM, e, "the shared key could not be set");
+    t->has_psk = true;
+    mbedtls_ssl_conf_tls13_key_exchange_modes(&t->conf, MBEDTLS_SSL_TLS1_3_KEY_EXCHANGE_MODE_PSK_EPHEMERAL);
+    return NETCHAN_OK;
+}
+
+static int netchan__set_trust(netchan__tls *t, const netchan_options *o) {
+    int ways = (o->shared_key != NULL) + (o->pin != NULL) + o->insecure;
+    if (ways == 0)
+        return netchan__fail(NETCHAN_EAUTH, "nothing says whom to trust. Set options.shared_key to the same secret on both sides (netchan_keygen() makes one), "
+                             "or options.pin to the other side's fingerprint, or options.insecure to trust anybody");
+    if (ways > 1) return netchan__fail(NETCHAN_EINVAL, "more than one of options.shared_key, .pin and .insecure is set; choose one");
+    if (o->shared_key) return netchan__set_shared_key(t, o->shared_key);
+    mbedtls_ssl_conf_tls13_key_exchange_modes(&t->conf, MBEDTLS_SSL_TLS1_3_KEY_EXCHANGE_MODE_EPHEMERAL);
+    mbedtls_ssl_conf_authmode(&t->conf, o->pin ? MBEDTLS_SSL_VERIFY_REQUIRED : MBEDTLS_SSL_VERIFY_NONE);
+    if (o->pin && !netchan__parse_pin(o->pin, t->pin))
+        return netchan__fail(NETCHAN_EINVAL, "options.pin must be \"sha256:\" and 64 hexadecimal digits, as netchan_fingerprint() tells; it is \"%.80s\"", o->pin);
+    t->has_pin = o->pin != NULL;
+    int result = netchan__set_cert(t, o);
+    if (result == NETCHAN_OK) mbedtls_ssl_conf_ca_chain(&t->conf, &t->cert, NULL); /* mbedTLS wants one; netchan__verify() decides */
+    return result;
+}
+
+static int netchan__crypto_init(void) {
+    psa_status_t status = psa_crypto_init();
+    return status == PSA_SUCCESS ? NETCHAN_OK : netchan__fail(NETCHAN_ENET, "psa_crypto_init failed (%d); is there a source of randomness?", (int)status);
+}
+
+static void netchan__tls_free(netchan__tls *t) {
+    if (!t->made) return;
+    mbedtls_ssl_config_free(&t->conf);
+    mbedtls_x509_crt_free(&t->cert);
+    mbedtls_pk_free(&t->key);
+    t->made = false;
+}
+
+static int netchan__tls_make(netchan__tls *t, const netchan_options *o, bool dials) {
+    memset(t, 0, sizeof *t);
+    mbedtls_ssl_config_init(&t->conf);
+    mbedtls_x509_crt_init(&t->cert);
+    mbedtls_pk_init(&t->key);
+    t->made = true;
+    int result = netchan__crypto_init();
+    if (result != NETCHAN_OK) return result;
+    int e = mbedtls_ssl_config_defaults(&t->conf, dials ? MBEDTLS_SSL_IS_CLIENT : MBEDTLS_SSL_IS_SERVER, MBEDTLS_SSL_TRANSPORT_STREAM,
+                                        MBEDTLS_SSL_PRESET_DEFAULT);
+    if (e) return netchan__tls_fail(NETCHAN_ENOMEM, e, "TLS could not be configured");
+    mbedtls_ssl_conf_min_tls_version(&t->conf, MBEDTLS_SSL_VERSION_TLS1_3);
+    mbedtls_ssl_conf_max_tls_version(&t->conf, MBEDTLS_SSL_VERSION_TLS1_3);
+    mbedtls_ssl_conf_ciphersuites(&t->conf, netchan__ciphersuites);
+    mbedtls_ssl_conf_rng(&t->conf, mbedtls_psa_get_random, MBEDTLS_PSA_RANDOM_STATE);
+#if defined(MBEDTLS_SSL_SESSION_TICKETS) && defined(MBEDTLS_SSL_CLI_C)
+    mbedtls_ssl_conf_session_tickets(&t->conf, MBEDTLS_SSL_SESSION_TICKETS_DISABLED);
+#endif
+    const char **alpn = (const char **)(uintptr_t)netchan__alpn; /* mbedTLS does not write to it */
+    e = mbedtls_ssl_conf_alpn_protocols(&t->conf, alpn);
+    return e ? netchan__tls_fail(NETCHAN_ENOMEM, e, "TLS could not be configured") : netchan__set_trust(t, o);
+}
+
+static int netchan__hash_key(const mbedtls_x509_crt *cert, uint8_t *hash) {
+    return mbedtls_sha256(cert->pk_raw.p, cert->pk_raw.len, hash, 0);
+}
+
+/* A pin trusts a key, whatever certificate it stands in. */
+static int netchan__verify(void *arg, mbedtls_x509_crt *cert, int depth, uint32_t *flags) {
+    netchan__stream *s = (netchan__stream *)arg;
+    *flags = 0;
+    if (depth > 0) return 0;
+    s->has_seen = netchan__hash_key(cert, s->seen) == 0;
+    if (!s->has_seen || (s->tls->has_pin && memcmp(s->seen, s->tls->pin, sizeof s->seen))) *flags = MBEDTLS_X509_BADCERT_OTHER;
+    return 0;
+}
+
+static int netchan__stream_send(void *arg, const unsigned char *data, size_t size) {
+    netchan__stream *s = (netchan__stream *)arg;
+    return netchan__buf_append(&s->out, data, size) ? (int)size : MBEDTLS_ERR_SSL_ALLOC_FAILED;
+}
+
+static int netchan__stream_recv(void *arg, unsigned char *data, size_t size) {
+    netchan__stream *s = (netchan__stream *)arg;
+    if (!s->in_left) return MBEDTLS_ERR_SSL_WANT_READ;
+    if (size > s->in_left) size = s->in_left;
+    memcpy(data, s->in, size);
+    s->in += size;
+    s->in_left -= size;
+    return (int)size;
+}
+
+/* Returns 0 or mbedTLS's error. */
+static int netchan__stream_start(netchan__stream *s, const netchan__tls *tls) {
+    memset(s, 0, sizeof *s);
+    s->tls = tls;
+    mbedtls_ssl_init(&s->ssl);
+    int e = mbedtls_ssl_setup(&s->ssl, &tls->conf);
+    if (!e) e = mbedtls_ssl_set_hostname(&s->ssl, NULL); /* a pin or a shared key names the peer, not the DNS */
+    mbedtls_ssl_set_verify(&s->ssl, netchan__verify, s);
+    mbedtls_ssl_set_bio(&s->ssl, s, netchan__stream_send, netchan__stream_recv, NULL);
+    return e;
+}
+
+static void netchan__stream_free(netchan__stream *s) {
+    mbedtls_ssl_free(&s->ssl);
+    netchan__buf_free(&s->out);
+}
+
+/* Returns 0 when done, MBEDTLS_ERR_SSL_WANT_READ, or an error. */
+static int netchan__stream_handshake(netchan__stream *s) {
+    int e = mbedtls_ssl_handshake(&s->ssl);
+    if (e == MBEDTLS_ERR_SSL_WANT_WRITE) return MBEDTLS_ERR_SSL_WANT_READ;
+    if (e == 0 && !mbedtls_ssl_get_alpn_protocol(&s->ssl)) return MBEDTLS_ERR_SSL_NO_APPLICATION_PROTOCOL;
+    return e;
+}
+
+/* Returns the number of plaintext bytes, MBEDTLS_ERR_SSL_WANT_READ when the ciphertext is used up, or an error. */
+static int netchan__stream_read(netchan__stream *s, uint8_t *data, size_t size) {
+    for (;;) {
+        int n = mbedtls_ssl_read(&s->ssl, data, size);
+        if (n == 0) return MBEDTLS_ERR_SSL_PEER_CLOSE_NOTIFY;
+        if (n != MBEDTLS_ERR_SSL_RECEIVED_NEW_SESSION_TICKET && n != MBEDTLS_ERR_SSL_WANT_WRITE) return n;
+    }
+}
+
+static int netchan__stream_write(netchan__stream *s, const uint8_t *data, size_t size) {
+    for (size_t done = 0; done < size;) {
+        int n = mbedtls_ssl_write(&s->ssl, data + done, size - done);
+        if (n < 0) return n;
+        done += (size_t)n;
+    }
+    return 0;
+}
+
+/* Why TLS failed with a peer, as the end of a sentence. Returns whether trust was the reason, so that trying again is no use. */
+static bool netchan__explain(const netchan__stream *s, int error, char *text, size_t size) {
+    char seen[NETCHAN_FINGERPRINT_SIZE], pin[NETCHAN_FINGERPRINT_SIZE];
+    switch (error) {
+    case MBEDTLS_ERR_X509_CERT_VERIFY_FAILED:
+        netchan__print_fingerprint(s->seen, seen);
+        netchan__print_fingerprint(s->tls->pin, pin);
+        snprintf(text, size, "its key is %s, and options.pin is %s", s->has_seen ? seen : "unknown", pin);
+        return true;
+    case MBEDTLS_ERR_SSL_NO_CLIENT_CERTIFICATE:
+        snprintf(text, size, "it showed no certificate, and options.pin asks for one");
+        return true;
+    case MBEDTLS_ERR_SSL_FATAL_ALERT_MESSAGE:
+        snprintf(text, size, "%s", s->tls->has_psk ? "it does not accept our shared_key: the keys differ, or it expects none"
+                                                   : "it does not accept our certificate, or expects another kind of trust (shared_key, pin)");
+        return true;
+    case MBEDTLS_ERR_SSL_HANDSHAKE_FAILURE: case MBEDTLS_ERR_SSL_UNKNOWN_IDENTITY: case MBEDTLS_ERR_SSL_PRIVATE_KEY_REQUIRED:
+        snprintf(text, size, "%s", s->tls->has_psk ? "it does not prove our shared_key: the keys differ, or it uses none"
+                                                   : "it expects another kind of trust (shared_key, pin) or cannot agree on a cipher");
+        return true;
+    case MBEDTLS_ERR_SSL_BAD_PROTOCOL_VERSION:
+        snprintf(text, size, "it does not speak TLS 1.3, which is the only version here");
+        return true;
+    case MBEDTLS_ERR_SSL_NO_APPLICATION_PROTOCOL:
+        snprintf(text, size, "it speaks TLS 1.3, but not the protocol netchan/1");
+        return true;
+    case MBEDTLS_ERR_SSL_INVALID_RECORD: case MBEDTLS_ERR_SSL_UNEXPECTED_MESSAGE: case MBEDTLS_ERR_SSL_UNEXPECTED_RECORD:
+        snprintf(text, size, "it does not speak TLS");
+        return false;
+    case MBEDTLS_ERR_SSL_CONN_EOF: case MBEDTLS_ERR_SSL_PEER_CLOSE_NOTIFY:
+        snprintf(text, size, "it closed the connection");
+        return false;
+    default: break;
+    }
+    char reason[128];
+    mbedtls_strerror(error, reason, sizeof reason);
+    snprintf(text, size, "%s (mbedTLS -0x%04x)", reason, (unsigned)-error);
+    return false;
+}
+
+NETCHANDEF int netchan_keygen(char *out, size_t size) {
+    uint8_t key[32];
+    if (!out || size < NETCHAN_KEY_SIZE) return netchan__fail(NETCHAN_EINVAL, "netchan_keygen: %d bytes are needed, %zu are given", NETCHAN_KEY_SIZE, size);
+    pthread_mutex_lock(&netchan__tls_lock);
+    int result = netchan__crypto_init();
+    if (result == NETCHAN_OK && psa_generate_random(key, sizeof key) != PSA_SUCCESS)
+        result = netchan__fail(NETCHAN_ENET, "netchan_keygen: the system gives no randomness");
+    pthread_mutex_unlock(&netchan__tls_lock);
+    if (result != NETCHAN_OK) return result;
+    netchan__hex(key, sizeof key, out);
+    mbedtls_platform_zeroize(key, sizeof key);
+    return NETCHAN_OK;
+}
+
+NETCHANDEF int netchan_fingerprint(const char *cert, char *out, size_t size) {
+    uint8_t hash[32];
+    if (!cert || !out || size < NETCHAN_FINGERPRINT_SIZE)
+        return netchan__fail(NETCHAN_EINVAL, "netchan_fingerprint: a certificate and %d bytes are needed, %zu are given", NETCHAN_FINGERPRINT_SIZE, size);
+    mbedtls_x509_crt parsed;
+    mbedtls_x509_crt_init(&parsed);
+    pthread_mutex_lock(&netchan__tls_lock);
+    int result = netchan__crypto_init(), e = result == NETCHAN_OK ? netchan__load_cert(&parsed, cert) : 0;
+    if (!e && result == NETCHAN_OK) e = netchan__hash_key(&parsed, hash);
+    mbedtls_x509_crt_free(&parsed);
+    pthread_mutex_unlock(&netchan__tls_lock);
+    if (e) result = netchan__tls_fail(NETCHAN_EINVAL, e, "netchan_fingerprint: the certificate cannot be read");
+    if (result == NETCHAN_OK) netchan__print_fingerprint(hash, out);
+    return result;
+}
+
+/* ====================================================================================================================
+ * [11] Sockets: addresses, and sockets that never block, never raise SIGPIPE and do not outlive an exec.
+ * ================================================================================================================== */
+
+typedef struct netchan__address {
+    struct sockaddr_storage storage;
+    socklen_t size;
+} netchan__address;
+
+/* "host:port", "[ipv6]:port", ":port" -> up to max addresses. Returns how many, or a negative result. Blocks while names are looked up. */
+static int netchan__resolve(const char *text, bool passive, netchan__address *out, size_t max) {
+    char host[256];
+    const char *colon = text ? strrchr(text, ':') : NULL;
+    size_t length = colon ? (size_t)(colon - text) : 0;
+    const char *begin = text;
+    if (colon && length >= 2 && text[0] == '[' && text[length - 1] == ']') begin = text + 1, length -= 2;
+    else if (colon && memchr(text, ':', length)) colon = NULL; /* an IPv6 address without brackets */
+    if (!colon || !colon[1] || strspn(colon + 1, "0123456789") != strlen(colon + 1) || strlen(colon + 1) > 5 || atoi(colon + 1) > 65535 ||
+        length >= sizeof host)
+        return netchan__fail(NETCHAN_EADDR, "\"%.200s\" is no address; write host:port, [ipv6]:port or :port", text ? text : "(NULL)");
+    memcpy(host, begin, length);
+    host[length] = '\0';
+    struct addrinfo hints, *list = NULL;
+    memset(&hints, 0, sizeof hints);
+    hints.ai_family = AF_UNSPEC;
+    hints.ai_socktype = SOCK_STREAM;
+    hints.ai_flags = AI_NUMERICSERV | (passive ? AI_PASSIVE : 0);
+    int e = getaddrinfo(length ? host : NULL, colon + 1, &hints, &list);
+    if (e) return netchan__fail(NETCHAN_EADDR, "\"%.200s\" cannot be looked up: %s", text, gai_strerror(e));
+    size_t count = 0;
+    for (struct addrinfo *a = list; a && count < max; a = a->ai_next) {
+        if (a->ai_addrlen > sizeof out->storage) continue;
+        memcpy(&out[count].storage, a->ai_addr, a->ai_addrlen);
+        out[count++].size = a->ai_addrlen;
+    }
+    freeaddrinfo(list);
+    return (int)count;
+}
+
+static void netchan__print_address(const netchan__address *a, char *out, size_t size) {
+    char host[64] = "?", port[8] = "?";
+    getnameinfo((const struct sockaddr *)(const void *)&a->storage, a->size, host, sizeof host, port, sizeof port, NI_NUMERICHOST | NI_NUMERICSERV);
+    snprintf(out, size, strchr(host, ':') ? "[%s]:%s" : "%s:%s", host, port);
+}
+
+static bool netchan__prepare_fd(int fd) {
+    int flags = fcntl(fd, F_GETFL, 0);
+    return flags >= 0 && fcntl(fd, F_SETFL, flags | O_NONBLOCK) == 0 && fcntl(fd, F_SETFD, FD_CLOEXEC) == 0;
+}
+
+static void netchan__prepare_socket(int fd) {
+    int on = 1;
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+#ifdef SO_NOSIGPIPE
+    setsockopt(fd, SOL_SOCKET, SO_NOSIGPIPE, &on, sizeof on);
+#endif
+#ifdef TCP_NOTSENT_LOWAT
+    int unsent = 128 * 1024; /* what waits in the kernel delays everything behind it */
+    setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &unsent, sizeof unsent);
+#endif
+}
+
+static int netchan__open_socket(const netchan__address *a) {
+    int fd = socket(a->storage.ss_family, SOCK_STREAM, 0);
+    if (fd >= 0 && netchan__prepare_fd(fd)) return fd;
+    int saved = errno;
+    if (fd >= 0) close(fd);
+    errno = saved;
+    return -1;
+}
+
+/* Binds and listens on the first address that works. Returns the socket or a negative result. *bound: where. */
+static int netchan__listen_socket(const char *text, netchan__address *bound) {
+    enum { MAX = 16 };
+    netchan__address list[MAX];
+    int count = netchan__resolve(text, true, list, MAX), saved = 0;
+    if (count < 0) return count;
+    for (int pass = 0; pass < 2; pass++) { /* ":port": IPv6 first, whose socket also takes IPv4 */
+        for (int i = 0; i < count; i++) {
+            if ((list[i].storage.ss_family == AF_INET6) != (pass == 0)) continue;
+            int fd = netchan__open_socket(&list[i]), on = 1, off = 0;
+            if (fd < 0) {
+                saved = errno;
+                continue;
+            }
+            setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+            if (list[i].storage.ss_family == AF_INET6) setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &off, sizeof off);
+            bound->size = sizeof bound->storage;
+            if (bind(fd, (struct sockaddr *)(void *)&list[i].storage, list[i].size) == 0 && listen(fd, SOMAXCONN) == 0 &&
+                getsockname(fd, (struct sockaddr *)(void *)&bound->storage, &bound->size) == 0)
+                return fd;
+            saved = errno;
+            close(fd);
+        }
+    }
+    return netchan__fail(NETCHAN_EADDR, "cannot listen on \"%.200s\": %s", text, strerror(saved));
+}
+
+/* Sends what it can. Returns false when the connection is broken. */
+static bool netchan__flush_fd(int fd, netchan__buf *out) {
+#ifdef MSG_NOSIGNAL
+    const int flags = MSG_NOSIGNAL;
+#else
+    const int flags = 0;
+#endif
+    while (netchan__buf_size(out)) {
+        ssize_t n = send(fd, out->data + out->start, netchan__buf_size(out), flags);
+        if (n > 0) netchan__buf_consume(out, (size_t)n);
+        else if (n < 0 && errno == EINTR) continue;
+        else return n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == ENOBUFS);
+    }
+    return true;
+}
+
+/* ====================================================================================================================
+ * [12] The I/O loop: the one thread that calls poll(). It owns all connections: sockets, TLS streams, and who they belong to. What it
+ * shares with callers (endpoints, sessions) belongs to netchan__net_lock, which it holds except while it waits, encrypts, decrypts and logs.
+ * ================================================================================================================== */
+
+enum {
+    NETCHAN__CHUNK = 65536,            /* bytes read from a socket at a time */
+    NETCHAN__CIPHER_HIGH = 4 * 16384,  /* encrypted bytes that may wait for a socket */
+    NETCHAN__HANDSHAKES_MAX = 256,     /* strangers at a time, for each listener */
+    NETCHAN__HANDSHAKE_MS = 10000,
+    NETCHAN__BACKOFF_MIN_MS = 50,
+    NETCHAN__BACKOFF_MAX_MS = 5000,
+    NETCHAN__EVENTS_MAX = 64,
+    NETCHAN__ADDRESSES_MAX = 16
+};
+
+enum netchan__conn_state { NETCHAN__CONNECTING, NETCHAN__HANDSHAKING, NETCHAN__GREETING, NETCHAN__UP };
+
+typedef struct netchan__endpoint netchan__endpoint;
+typedef struct netchan__conn netchan__conn;
+
+/* One connection. I/O thread. */
+struct netchan__conn {
+    netchan__conn *next, *prev;
+    netchan__endpoint *endpoint;
+    netchan__session *session; /* from the end of the handshake */
+    netchan__stream stream;
+    enum netchan__conn_state state;
+    int fd;
+    bool ended;        /* to be closed once everything was sent: reason tells why */
+    uint64_t deadline; /* nanoseconds; until the session is up */
+    char reason[320];
+    char address[80];
+};
+
+/* One listen or dial. Net, unless said otherwise. */
+struct netchan__endpoint {
+    netchan_link link; /* first: what the user has is an endpoint */
+    netchan__endpoint *next;
+    bool dials;
+    netchan__tls tls;        /* under netchan__tls_lock */
+    netchan_options options; /* constant, defaults filled in; the texts are not kept */
+    int fd;                  /* listening; constant */
+    netchan__address addresses[NETCHAN__ADDRESSES_MAX]; /* dialling; constant */
+    size_t address_count, which;
+    netchan__session *session; /* dialling: the one that is up */
+    netchan__conn *conn;       /* dialling: I/O thread */
+    uint64_t next_dial;        /* nanoseconds */
+    unsigned failures;         /* in a row */
+    bool was_up;
+    int failure;               /* dialling: why the first connection is given up */
+    char failure_text[320];    /* the last reason why there was no connection */
+    size_t strangers, peers;   /* connections before and after the greeting */
+    bool hanging_up, stopping, gone;
+    size_t events_dropped;
+    uint64_t unknown;
+    pthread_cond_t changed; /* with netchan__net_lock */
+    char address[300];
+};
+
+typedef struct netchan__log_line netchan__log_line;
+struct netchan__log_line {
+    netchan__log_line *next;
+    void (*log)(void *arg, int level, const char *text);
+    void *arg;
+    int level;
+    char text[480];
+};
+
+/* Net, but for what says otherwise. */
+static struct netchan__io_state {
+    netchan__endpoint *endpoints;
+    netchan__conn *conns; /* I/O thread */
+    uint64_t next_tick;   /* when to look at all deadlines again */
+    netchan__log_line *logs, *last_log;
+    int wake_read;
+    bool stop;
+    uint64_t last_peer;
+    size_t links;     /* under netchan__control_lock */
+    pthread_t thread; /* likewise */
+    /* I/O thread: */
+    struct pollfd *polls;
+    netchan__conn **polled; /* the connection of polls[i]; NULL: a listener or the wake-up pipe */
+    netchan__endpoint **listeners;
+    size_t poll_room;
+    uint8_t cipher[NETCHAN__CHUNK], plain[NETCHAN__FRAME_MAX];
+} netchan__io;
+
+/* Serialises the start and the end of the thread. Taken before netchan__net_lock. */
+static pthread_mutex_t netchan__control_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static void netchan__io_unlock(void) {
+    netchan__settle();
+    netchan__net.wake = false; /* this is the thread that would be woken */
+    pthread_mutex_unlock(&netchan__net_lock);
+}
+
+/* ---- Events and the log. Caller holds netchan__net_lock. ---- */
+
+static void netchan__log(netchan__endpoint *e, int level, const char *format, ...) NETCHAN__PRINTF(3, 4);
+static void netchan__log(netchan__endpoint *e, int level, const char *format, ...) {
+    netchan__log_line *line = e->options.log ? (netchan__log_line *)netchan__alloc(sizeof *line) : NULL;
+    if (!line) return;
+    va_list args;
+    va_start(args, format);
+    vsnprintf(line->text, sizeof line->text, format, args);
+    va_end(args);
+    line->log = e->options.log;
+    line->arg = e->options.log_arg;
+    line->level = level;
+    if (netchan__io.last_log) netchan__io.last_log->next = line;
+    else netchan__io.logs = line;
+    netchan__io.last_log = line;
+}
+
+/* Writes the log without locks. Caller holds netchan__net_lock, which is given back and taken again. */
+static void netchan__write_logs(void) {
+    netchan__log_line *line = netchan__io.logs, *next;
+    if (!line) return;
+    netchan__io.logs = netchan__io.last_log = NULL;
+    netchan__io_unlock();
+    for (; line; line = next) {
+        next = line->next;
+        line->log(line->arg, line->level, line->text);
+        NETCHAN_FREE(line);
+    }
+    pthread_mutex_lock(&netchan__net_lock);
+}
+
+/* Puts an event into the channel of events, in place of the oldest if it is full. entries has room for one more. */
+static void netchan__event(netchan__endpoint *e, netchan_entry *entries, size_t count) {
+    netchan__lane *lane = &e->link.events->lane;
+    netchan_value event;
+    if (lane->closing) return;
+    if (e->events_dropped) {
+        entries[count].key = "dropped";
+        entries[count++].value = netchan_uint(e->events_dropped);
+    }
+    netchan_value map = netchan_map(entries, count);
+    if (!netchan__lane_room(lane) || netchan_copy(&event, &map) != NETCHAN_OK) {
+        e->events_dropped++;
+        return;
+    }
+    e->events_dropped = 0;
+    if (lane->count >= lane->cap) {
+        netchan__slot oldest = netchan__lane_pop(lane);
+        e->events_dropped = 1 + (size_t)netchan_as_uint(netchan_get(&oldest.value, "dropped"), 0);
+        netchan_clear(&oldest.value);
+    }
+    netchan__lane_push(lane, &event, 0);
+    netchan__lane_changed(lane);
+}
+
+static void netchan__peer_event(netchan__endpoint *e, const char *name, uint64_t peer, const char *address, const char *reason,
+                                const char *extra, netchan_value extra_value) {
+    netchan_entry entries[6];
+    size_t n = 0;
+    entries[n].key = "event", entries[n++].value = netchan_str(name);
+    if (peer) entries[n].key = "peer", entries[n++].value = netchan_uint(peer);
+    if (address) entries[n].key = "address", entries[n++].value = netchan_str(address);
+    if (reason) entries[n].key = "reason", entries[n++].value = netchan_str(reason);
+    if (extra) entries[n].key = extra, entries[n++].value = extra_value;
+    netchan__event(e, entries, n);
+}
+
+/* netchan__net.on_drained */
+static void netchan__lane_drained(netchan__lane *lane) {
+    netchan__endpoint *e = (netchan__endpoint *)lane->owner;
+    netchan__peer_event(e, "closed", lane->peer_number, NULL, NULL, NULL, netchan__nil_value);
+}
+
+/* ---- Sessions of connections. Caller holds netchan__net_lock. ---- */
+
+/* The listening side knows who came: a lane for what it sends, a share in the work queue. */
+static void netchan__bind_listener(netchan__conn *c) {
+    netchan__endpoint *e = c->endpoint;
+    netchan__session *s = c->session;
+    netchan__lane *lane = (netchan__lane *)netchan__alloc(sizeof *lane);
+    if (!lane) {
+        netchan__breach(&s->peer, NETCHAN_ENOMEM, "out of memory for a new peer");
+        return;
+    }
+    s->capacity = netchan__clamp(s->their_capacity);
+    netchan__lane_init(lane, e->link.recv, (size_t)s->capacity);
+    lane->peer = &s->peer;
+    lane->peer_number = s->peer.number;
+    lane->owner = e;
+    lane->next = e->link.recv->lanes;
+    if (lane->next) lane->next->prev = lane;
+    e->link.recv->lanes = lane;
+    s->peer.lane = lane;
+    s->peer.work = e->link.send;
+    netchan__emit_hello(s);
+    netchan__link_peer(&s->peer);
+    netchan__lend(lane);
+    if (s->peer.work->closed) netchan__emit_channel(&s->peer, NETCHAN__CLOSED, 1, 0);
+}
+
+static void netchan__bind_dialler(netchan__conn *c) {
+    netchan__endpoint *e = c->endpoint;
+    netchan__session *s = c->session;
+    s->peer.send = e->link.send;
+    s->peer.recv = e->link.recv;
+    if (s->their_capacity < e->link.send->lane.cap) e->link.send->lane.cap = (size_t)s->their_capacity;
+    e->session = s;
+    e->was_up = true;
+    e->failures = 0;
+    netchan__link_peer(&s->peer);
+    netchan__end_up(&s->peer, e->link.send);
+    netchan__end_up(&s->peer, e->link.recv);
+}
+
+/* netchan__session.on_news */
+static void netchan__on_news(netchan__session *s, enum netchan__news news) {
+    netchan__conn *c = (netchan__conn *)s->owner;
+    netchan__endpoint *e = c->endpoint;
+    if (news == NETCHAN__NEWS_BYE) {
+        netchan__emit_bye(s);
+        c->ended = true;
+        snprintf(c->reason, sizeof c->reason, "it hung up");
+        return;
+    }
+    if (e->dials) netchan__bind_dialler(c);
+    else netchan__bind_listener(c);
+    if (s->peer.breach) return;
+    c->state = NETCHAN__UP;
+    e->strangers--;
+    e->peers++;
+    netchan__peer_event(e, "up", s->peer.number, c->address, NULL, "listening", netchan_bool(!e->dials));
+    netchan__log(e, 2, "%s: connected with %s", e->address, c->address);
+    pthread_cond_broadcast(&e->changed);
+}
+
+/* TLS is done: the session begins. */
+static bool netchan__start_session(netchan__conn *c) {
+    netchan__endpoint *e = c->endpoint;
+    netchan__session *s = (netchan__session *)netchan__alloc(sizeof *s);
+    if (!s) return false;
+    s->peer.emit = netchan__session_emit;
+    s->peer.number = ++netchan__io.last_peer;
+    s->peer.max_ops = e->options.max_ops;
+    s->peer.max_message = e->options.max_message;
+    s->peer.max_memory = e->options.max_memory;
+    s->peer.no_redelivery = e->options.no_redelivery;
+    s->owner = c;
+    s->on_news = netchan__on_news;
+    s->dials = e->dials;
+    s->ping_ms = e->options.ping_ms;
+    s->last_input = s->last_ping = netchan__now_ns();
+    c->session = s;
+    c->state = NETCHAN__GREETING;
+    if (e->dials) {
+        s->capacity = e->options.buffer;
+        netchan__emit_hello(s);
+    }
+    return true;
+}
+
+static void netchan__schedule_dial(netchan__endpoint *e, uint64_t now) {
+    if (++e->which < e->address_count) return; /* the next address at once */
+    e->which = 0;
+    uint64_t wait = (uint64_t)NETCHAN__BACKOFF_MIN_MS << (e->failures < 7 ? e->failures : 7);
+    if (wait > NETCHAN__BACKOFF_MAX_MS) wait = NETCHAN__BACKOFF_MAX_MS;
+    e->failures++;
+    wait = wait * 1000000u;
+    e->next_dial = now + wait / 2 + netchan__random() % wait; /* jitter keeps many diallers from coming at once */
+    netchan__io.next_tick = 0;
+}
+
+/* The connection is over; reason is the end of a sentence about the other side. fatal: trying again is no use. */
+static void netchan__close_conn(netchan__conn *c, const char *reason, bool fatal) {
+    netchan__endpoint *e = c->endpoint;
+    bool was_up = c->state == NETCHAN__UP;
+    uint64_t unknown = 0, number = c->session ? c->session->peer.number : 0;
+    if (c->session) {
+        unknown = netchan__session_lost(c->session);
+        netchan__session_free(c->session);
+    }
+    e->unknown += unknown;
+    if (was_up) {
+        e->peers--;
+        netchan__peer_event(e, "down", number, c->address, reason, "unknown", netchan_uint(unknown));
+        netchan__log(e, 1, "%s: lost %s: %s", e->address, c->address, reason);
+    } else {
+        e->strangers--;
+        if (!e->dials && !e->stopping) netchan__peer_event(e, "rejected", 0, c->address, reason, NULL, netchan__nil_value);
+        netchan__log(e, e->dials ? 1 : 0, "%s: no connection with %s: %s", e->address, c->address, reason);
+    }
+    if (e->dials) {
+        snprintf(e->failure_text, sizeof e->failure_text, "%s: %s", c->address, reason);
+        e->session = NULL;
+        e->conn = NULL;
+        if (fatal && !e->was_up) e->failure = NETCHAN_EAUTH;
+        netchan__schedule_dial(e, netchan__now_ns());
+    }
+    pthread_cond_broadcast(&e->changed);
+    if (c->prev) c->prev->next = c->next;
+    else netchan__io.conns = c->next;
+    if (c->next) c->next->prev = c->prev;
+    close(c->fd);
+    pthread_mutex_lock(&netchan__tls_lock);
+    netchan__stream_free(&c->stream);
+    pthread_mutex_unlock(&netchan__tls_lock);
+    NETCHAN_FREE(c);
+}
+
+/* A new connection over fd, which is closed on failure. Caller holds netchan__net_lock. */
+static netchan__conn *netchan__open_conn(netchan__endpoint *e, int fd, const netchan__address *a, enum netchan__conn_state state) {
+    netchan__conn *c = (netchan__conn *)netchan__alloc(sizeof *c);
+    pthread_mutex_lock(&netchan__tls_lock);
+    int error = c ? netchan__stream_start(&c->stream, &e->tls) : MBEDTLS_ERR_SSL_ALLOC_FAILED;
+    if (error && c) netchan__stream_free(&c->stream);
+    pthread_mutex_unlock(&netchan__tls_lock);
+    if (error) {
+        netchan__log(e, 0, "%s: out of memory for a connection", e->address);
+        NETCHAN_FREE(c);
+        close(fd);
+        return NULL;
+    }
+    netchan__prepare_socket(fd);
+    netchan__print_address(a, c->address, sizeof c->address);
+    c->endpoint = e;
+    c->fd = fd;
+    c->state = state;
+    c->deadline = netchan__now_ns() + NETCHAN__HANDSHAKE_MS * (uint64_t)1000000;
+    c->next = netchan__io.conns;
+    if (c->next) c->next->prev = c;
+    netchan__io.conns = c;
+    e->strangers++;
+    netchan__io.next_tick = 0;
+    return c;
+}
+
+static void netchan__dial_now(netchan__endpoint *e, uint64_t now) {
+    netchan__address *a = &e->addresses[e->which];
+    int fd = netchan__open_socket(a);
+    int connected = fd < 0 ? -1 : connect(fd, (struct sockaddr *)(void *)&a->storage, a->size);
+    if (fd < 0 || (connected < 0 && errno != EINPROGRESS && errno != EINTR)) {
+        snprintf(e->failure_text, sizeof e->failure_text, "%s", strerror(errno));
+        if (fd >= 0) close(fd);
+        netchan__schedule_dial(e, now);
+        return;
+    }
+    e->conn = netchan__open_conn(e, fd, a, NETCHAN__CONNECTING);
+    if (!e->conn) netchan__schedule_dial(e, now);
+}
+
+static void netchan__accept_all(netchan__endpoint *e) {
+    for (int i = 0; i < 64; i++) { /* then the others have their turn */
+        netchan__address a;
+        a.size = sizeof a.storage;
+        int fd = accept(e->fd, (struct sockaddr *)(void *)&a.storage, &a.size);
+        if (fd < 0) return;
+        const char *full = e->strangers >= NETCHAN__HANDSHAKES_MAX       ? "too many strangers at once"
+                           : e->strangers + e->peers >= e->options.max_peers ? "there are max_peers already"
+                           : !netchan__prepare_fd(fd)                    ? "its socket cannot be used"
+                                                                         : NULL;
+        if (full) {
+            char address[80];
+            netchan__print_address(&a, address, sizeof address);
+            netchan__peer_event(e, "rejected", 0, address, full, NULL, netchan__nil_value);
+            close(fd);
+        } else netchan__open_conn(e, fd, &a, NETCHAN__HANDSHAKING);
+    }
+}
+
+/* ---- Bytes. The I/O thread calls these without netchan__net_lock. ---- */
+
+/* Encrypts what the session has to send and gives it to the socket, as far as both go. Returns false when the connection is broken. */
+static bool netchan__conn_write(netchan__conn *c) {
+    for (;;) {
+        if (!netchan__flush_fd(c->fd, &c->stream.out)) return false;
+        if (!c->session || c->state < NETCHAN__GREETING || netchan__buf_size(&c->stream.out) >= NETCHAN__CIPHER_HIGH) return true;
+        const uint8_t *data;
+        pthread_mutex_lock(&netchan__net_lock);
+        size_t size = netchan__session_output(c->session, &data);
+        if (size) memcpy(netchan__io.plain, data, size);
+        netchan__session_sent(c->session, size);
+        netchan__io_unlock();
+        if (!size) return true;
+        pthread_mutex_lock(&netchan__tls_lock);
+        int error = netchan__stream_write(&c->stream, netchan__io.plain, size);
+        pthread_mutex_unlock(&netchan__tls_lock);
+        if (error) return false;
+    }
+}
+
+/* Decrypts what was received. Returns 0, or mbedTLS's error; a breach is found in the session. */
+static int netchan__conn_decrypt(netchan__conn *c) {
+    for (;;) {
+        pthread_mutex_lock(&netchan__tls_lock);
+        int n = c->state == NETCHAN__HANDSHAKING ? netchan__stream_handshake(&c->stream)
+                                                 : netchan__stream_read(&c->stream, netchan__io.plain, sizeof netchan__io.plain);
+        pthread_mutex_unlock(&netchan__tls_lock);
+        if (n == MBEDTLS_ERR_SSL_WANT_READ) return 0;
+        if (n < 0) return n;
+        pthread_mutex_lock(&netchan__net_lock);
+        bool going = true;
+        if (c->state == NETCHAN__HANDSHAKING) going = netchan__start_session(c);
+        else netchan__session_input(c->session, netchan__now_ns(), netchan__io.plain, (size_t)n);
+        bool over = going && (c->session->peer.breach || c->ended);
+        netchan__io_unlock();
+        if (!going) return MBEDTLS_ERR_SSL_ALLOC_FAILED;
+        if (over) return 0;
+    }
+}
+
+/* The socket is readable. Returns false when the connection is over; reason and fatal tell why. */
+static bool netchan__conn_read(netchan__conn *c, bool *fatal) {
+    for (int i = 0; i < 4 && !c->ended; i++) { /* then the others have their turn */
+        ssize_t n = recv(c->fd, netchan__io.cipher, sizeof netchan__io.cipher, 0);
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return true;
+        if (n <= 0) {
+            snprintf(c->reason, sizeof c->reason, "%s", n == 0 ? "it closed the connection" : strerror(errno));
+            return false;
+        }
+        c->stream.in = netchan__io.cipher;
+        c->stream.in_left = (size_t)n;
+        int error = netchan__conn_decrypt(c);
+        if (error) {
+            *fatal = netchan__explain(&c->stream, error, c->reason, sizeof c->reason);
+            netchan__flush_fd(c->fd, &c->stream.out); /* the alert, so that the other side learns why */
+            return false;
+        }
+        if (c->session && c->session->peer.breach) return false; /* only this thread ends sessions */
+        if ((size_t)n < sizeof netchan__io.cipher) return true;
+    }
+    return true;
+}
+
+static bool netchan__conn_connected(netchan__conn *c) {
+    int error = 0;
+    socklen_t size = sizeof error;
+    if (getsockopt(c->fd, SOL_SOCKET, SO_ERROR, &error, &size) || error) {
+        snprintf(c->reason, sizeof c->reason, "%s", strerror(error ? error : errno));
+        return false;
+    }
+    c->state = NETCHAN__HANDSHAKING;
+    return true;
+}
+
+/* poll() has news of a connection, or its session something to send. Caller holds no lock. */
+static void netchan__conn_ready(netchan__conn *c, short events) {
+    bool fatal = false, alive = true;
+    if (c->state == NETCHAN__CONNECTING) {
+        if (!(events & (POLLOUT | POLLERR | POLLHUP))) return;
+        alive = netchan__conn_connected(c);
+        if (alive && netchan__conn_decrypt(c)) alive = false; /* begins the handshake */
+    } else if (events & (POLLIN | POLLERR | POLLHUP)) alive = netchan__conn_read(c, &fatal);
+    if (alive && !netchan__conn_write(c)) {
+        alive = false;
+        snprintf(c->reason, sizeof c->reason, "the connection broke");
+    }
+    pthread_mutex_lock(&netchan__net_lock);
+    const char *breach = c->session ? c->session->peer.breach : NULL;
+    if (breach) snprintf(c->reason, sizeof c->reason, "%s", breach);
+    bool flushed = c->ended && netchan__session_idle(c->session) && !netchan__buf_size(&c->stream.out);
+    if (!alive || breach || flushed) netchan__close_conn(c, c->reason, fatal);
+    netchan__io_unlock();
+}
+
+/* ---- Time. Caller holds netchan__net_lock. ---- */
+
+static void netchan__tick_conn(netchan__conn *c, uint64_t now) {
+    uint64_t next = c->deadline;
+    if (c->endpoint->stopping) {
+        netchan__close_conn(c, "this side hung up", false);
+        return;
+    }
+    if (c->state == NETCHAN__UP) next = netchan__session_tick(c->session, now);
+    else if (now >= c->deadline) {
+        netchan__close_conn(c, c->state == NETCHAN__CONNECTING ? "it did not answer in time" : "it did not finish the handshake in time", false);
+        return;
+    }
+    if (c->session && c->session->peer.breach) netchan__close_conn(c, c->session->peer.breach, false);
+    else if (next < netchan__io.next_tick) netchan__io.next_tick = next;
+}
+
+/* Looks at every deadline, and at endpoints that start or stop. */
+static void netchan__tick(uint64_t now) {
+    netchan__io.next_tick = UINT64_MAX;
+    netchan__conn *next_conn;
+    for (netchan__conn *c = netchan__io.conns; c; c = next_conn) {
+        next_conn = c->next;
+        netchan__tick_conn(c, now);
+    }
+    for (netchan__endpoint **at = &netchan__io.endpoints, *e = *at; e; e = *at) {
+        if (e->stopping && !e->strangers && !e->peers) {
+            *at = e->next;
+            e->gone = true;
+            pthread_cond_broadcast(&e->changed);
+            continue;
+        }
+        at = &e->next;
+        if (!e->dials || e->stopping || e->conn || e->failure) continue;
+        if (now >= e->next_dial) netchan__dial_now(e, now);
+        else if (e->next_dial < netchan__io.next_tick) netchan__io.next_tick = e->next_dial;
+    }
+}
+
+/* ---- The loop. ---- */
+
+static bool netchan__poll_room(size_t count) {
+    if (count <= netchan__io.poll_room) return true;
+    size_t room = count * 2;
+    struct pollfd *polls = (struct pollfd *)netchan__alloc(room * sizeof *polls);
+    netchan__conn **polled = (netchan__conn **)netchan__alloc(room * sizeof *polled);
+    netchan__endpoint **listeners = (netchan__endpoint **)netchan__alloc(room * sizeof *listeners);
+    if (!polls || !polled || !listeners) {
+        NETCHAN_FREE(polls);
+        NETCHAN_FREE(polled);
+        NETCHAN_FREE(listeners);
+        return false;
+    }
+    NETCHAN_FREE(netchan__io.polls);
+    NETCHAN_FREE(netchan__io.polled);
+    NETCHAN_FREE(netchan__io.listeners);
+    netchan__io.polls = polls;
+    netchan__io.polled = polled;
+    netchan__io.listeners = listeners;
+    netchan__io.poll_room = room;
+    return true;
+}
+
+static void netchan__poll_add(size_t i, int fd, short events, netchan__conn *c, netchan__endpoint *e) {
+    netchan__io.polls[i].fd = fd;
+    netchan__io.polls[i].events = events;
+    netchan__io.polls[i].revents = 0;
+    netchan__io.polled[i] = c;
+    netchan__io.listeners[i] = e;
+}
+
+/* Fills the arrays for poll(); when memory is short, as far as they go. Returns how many. */
+static size_t netchan__collect_polls(void) {
+    size_t count = 1, n = 0;
+    for (netchan__conn *c = netchan__io.conns; c; c = c->next) count++;
+    for (netchan__endpoint *e = netchan__io.endpoints; e; e = e->next) count++;
+    if (!netchan__poll_room(count)) count = netchan__io.poll_room;
+    netchan__poll_add(n++, netchan__io.wake_read, POLLIN, NULL, NULL);
+    for (netchan__endpoint *e = netchan__io.endpoints; e && n < count; e = e->next)
+        if (!e->dials && !e->stopping && !e->hanging_up) netchan__poll_add(n++, e->fd, POLLIN, NULL, e);
+    for (netchan__conn *c = netchan__io.conns; c && n < count; c = c->next) {
+        bool writes = c->state == NETCHAN__CONNECTING || netchan__buf_size(&c->stream.out);
+        netchan__poll_add(n++, c->fd, (short)((c->state == NETCHAN__CONNECTING ? 0 : POLLIN) | (writes ? POLLOUT : 0)), c, NULL);
+    }
+    return n;
+}
+
+static void netchan__drain_wake(void) {
+    uint8_t bytes[64];
+    while (read(netchan__io.wake_read, bytes, sizeof bytes) > 0) continue;
+}
+
+/* Gives the sessions that have something new to send to their connections. */
+static void netchan__send_pending(void) {
+    while (netchan__pending) {
+        netchan__session *s = netchan__pending;
+        netchan__pending = s->next_pending;
+        s->is_pending = false;
+        netchan__io_unlock();
+        netchan__conn_ready((netchan__conn *)s->owner, 0);
+        pthread_mutex_lock(&netchan__net_lock);
+    }
+}
+
+static void *netchan__io_main(void *arg) {
+    pthread_mutex_lock(&netchan__net_lock);
+    while (!netchan__io.stop) {
+        uint64_t now = netchan__now_ns();
+        if (now >= netchan__io.next_tick) netchan__tick(now);
+        netchan__settle();
+        netchan__send_pending();
+        netchan__write_logs();
+        if (netchan__pending || netchan__io.stop || netchan__io.next_tick == 0) continue;
+        size_t count = netchan__collect_polls();
+        uint64_t next = netchan__io.next_tick;
+        int wait_ms = next == UINT64_MAX ? -1 : next <= now ? 0 : next - now > 60000000000u ? 60000 : (int)((next - now) / 1000000u) + 1;
+        netchan__net.polling = true;
+        netchan__io_unlock();
+        poll(netchan__io.polls, (nfds_t)count, wait_ms);
+        pthread_mutex_lock(&netchan__net_lock);
+        netchan__net.polling = false;
+        if (netchan__io.polls[0].revents) netchan__drain_wake();
+        for (size_t i = 1; i < count; i++) { /* closing a connection removes no other */
+            short events = netchan__io.polls[i].revents;
+            if (!events) continue;
+            if (netchan__io.listeners[i]) {
+                netchan__accept_all(netchan__io.listeners[i]);
+                continue;
+            }
+            netchan__io_unlock();
+            netchan__conn_ready(netchan__io.polled[i], events);
+            pthread_mutex_lock(&netchan__net_lock);
+        }
+    }
+    netchan__io_unlock();
+    return arg;
+}
+
+/* Starts the thread for the first link. Caller holds netchan__control_lock. */
+static int netchan__io_start(void) {
+    int fds[2];
+    sigset_t all, before;
+    if (netchan__io.links++) return NETCHAN_OK;
+    if (pipe(fds)) {
+        netchan__io.links--;
+        return netchan__fail(NETCHAN_ENET, "no pipe could be made: %s", strerror(errno));
+    }
+    netchan__prepare_fd(fds[0]);
+    netchan__prepare_fd(fds[1]);
+    netchan__net.wake_fd = fds[1];
+    netchan__net.on_drained = netchan__lane_drained;
+    netchan__io.wake_read = fds[0];
+    netchan__io.stop = false;
+    netchan__io.next_tick = 0;
+    bool ready = netchan__poll_room(16);
+    sigfillset(&all); /* signals are the program's, not this thread's */
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int e = ready ? pthread_create(&netchan__io.thread, NULL, netchan__io_main, NULL) : ENOMEM;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (!e) return NETCHAN_OK;
+    netchan__io.links--;
+    close(fds[0]);
+    close(fds[1]);
+    return netchan__fail(NETCHAN_ENOMEM, "the thread could not be started: %s", strerror(e));
+}
+
+static void netchan__wake_io(void) {
+    netchan__io.next_tick = 0;
+    netchan__net.wake = true;
+}
+
+/* Ends the thread after the last link. Caller holds netchan__control_lock. */
+static void netchan__io_stop(void) {
+    if (--netchan__io.links) return;
+    pthread_mutex_lock(&netchan__net_lock);
+    netchan__io.stop = true;
+    netchan__wake_io();
+    netchan__give_back(&netchan__net_lock);
+    pthread_join(netchan__io.thread, NULL);
+    close(netchan__io.wake_read);
+    close(netchan__net.wake_fd);
+    NETCHAN_FREE(netchan__io.polls);
+    NETCHAN_FREE(netchan__io.polled);
+    NETCHAN_FREE(netchan__io.listeners);
+    netchan__io.polls = NULL;
+    netchan__io.polled = NULL;
+    netchan__io.listeners = NULL;
+    netchan__io.poll_room = 0;
+    netchan__map_free(&netchan__net.waiters);
+    netchan__map_free(&netchan__net.matches);
+}
+
+/* ====================================================================================================================
+ * [13] Links: listen, dial, hang up. Net.
+ * ================================================================================================================== */
+
+static size_t netchan__or(size_t value, size_t fallback) {
+    return value ? value : fallback;
+}
+
+static int netchan__or_int(int value, int fallback) {
+    return value ? value : fallback;
+}
+
+static int netchan__fill_options(netchan_options *o) {
+    o->max_message = netchan__or(o->max_message, (size_t)128 << 20);
+    o->max_memory = netchan__or(o->max_memory, 2 * o->max_message);
+    o->max_ops = netchan__or(o->max_ops, 65536);
+    o->max_peers = netchan__or(o->max_peers, 10000);
+    o->connect_ms = netchan__or_int(o->connect_ms, 10000);
+    o->linger_ms = netchan__or_int(o->linger_ms, 5000);
+    o->ping_ms = netchan__or_int(o->ping_ms, 5000);
+    if (o->max_memory / 2 < o->max_message || o->max_message > SIZE_MAX / 4)
+        return netchan__fail(NETCHAN_EINVAL, "options.max_memory must be at least twice options.max_message");
+    if (o->ping_ms < 0) return netchan__fail(NETCHAN_EINVAL, "options.ping_ms must not be negative");
+    if (o->buffer > SIZE_MAX / 4) return netchan__fail(NETCHAN_EINVAL, "options.buffer is too large");
+    return NETCHAN_OK;
+}
+
+/* A channel of a link: one direction only, under netchan__net_lock from its first day. */
+static netchan *netchan__make_link_channel(size_t capacity, bool sends) {
+    netchan *ch = netchan_make(capacity);
+    if (!ch) return NULL;
+    ch->lock = &netchan__net_lock;
+    ch->may_send = sends;
+    ch->may_receive = !sends;
+    ch->plain = true;
+    return ch;
+}
+
+static void netchan__free_endpoint(netchan__endpoint *e) {
+    netchan_free(e->link.send);
+    netchan_free(e->link.recv);
+    netchan_free(e->link.events);
+    if (e->fd >= 0) close(e->fd);
+    pthread_mutex_lock(&netchan__tls_lock);
+    netchan__tls_free(&e->tls);
+    pthread_mutex_unlock(&netchan__tls_lock);
+    pthread_cond_destroy(&e->changed);
+    NETCHAN_FREE(e);
+}
+
+static int netchan__make_channels(netchan__endpoint *e) {
+    netchan_link *link = &e->link;
+    link->send = netchan__make_link_channel(e->options.buffer, true);
+    link->recv = netchan__make_link_channel(0, false);
+    link->events = netchan__make_link_channel(NETCHAN__EVENTS_MAX, false);
+    if (!link->send || !link->recv || !link->events) return NETCHAN_ENOMEM;
+    if (e->dials) {
+        link->send->is_end = link->recv->is_end = true;
+        link->recv->channel = 1;
+    } else {
+        link->recv->is_merge = true;
+        link->recv->lanes = NULL;
+    }
+    return NETCHAN_OK;
+}
+
+/* What listen and dial have in common: everything but the sockets. */
+static netchan__endpoint *netchan__make_endpoint(const netchan_options *options, bool dials) {
+    netchan__endpoint *e = (netchan__endpoint *)netchan__alloc(sizeof *e);
+    if (!e) {
+        netchan__fail_memory("opening a link");
+        return NULL;
+    }
+    e->fd = -1;
+    e->dials = dials;
+    if (options) e->options = *options;
+    e->link.address = e->address;
+    netchan__cond_init(&e->changed);
+    int result = netchan__fill_options(&e->options);
+    if (result == NETCHAN_OK) {
+        pthread_mutex_lock(&netchan__tls_lock);
+        result = netchan__tls_make(&e->tls, &e->options, dials);
+        if (result == NETCHAN_OK && !netchan__net.process[0]) psa_generate_random(netchan__net.process, sizeof netchan__net.process);
+        pthread_mutex_unlock(&netchan__tls_lock);
+    }
+    if (result == NETCHAN_OK) result = netchan__make_channels(e);
+    if (result == NETCHAN_OK) return e;
+    netchan__free_endpoint(e);
+    return NULL;
+}
+
+/* Hands the endpoint to the I/O thread. */
+static int netchan__start_endpoint(netchan__endpoint *e) {
+    pthread_mutex_lock(&netchan__control_lock);
+    int result = netchan__io_start();
+    if (result == NETCHAN_OK) {
+        pthread_mutex_lock(&netchan__net_lock);
+        e->next = netchan__io.endpoints;
+        netchan__io.endpoints = e;
+        netchan__wake_io();
+        netchan__give_back(&netchan__net_lock);
+    }
+    pthread_mutex_unlock(&netchan__control_lock);
+    return result;
+}
+
+/* Takes the endpoint back from the I/O thread, which closes its connections. */
+static void netchan__stop_endpoint(netchan__endpoint *e) {
+    pthread_mutex_lock(&netchan__net_lock);
+    e->stopping = true;
+    netchan__wake_io();
+    netchan__give_back(&netchan__net_lock);
+    pthread_mutex_lock(&netchan__net_lock);
+    while (!e->gone) pthread_cond_wait(&e->changed, &netchan__net_lock);
+    pthread_mutex_unlock(&netchan__net_lock);
+    pthread_mutex_lock(&netchan__control_lock);
+    netchan__io_stop();
+    pthread_mutex_unlock(&netchan__control_lock);
+}
+
+NETCHANDEF netchan_link *netchan_listen(const char *address, const netchan_options *options) {
+    netchan__address bound;
+    netchan__endpoint *e = netchan__make_endpoint(options, false);
+    if (!e) return NULL;
+    e->fd = netchan__listen_socket(address, &bound);
+    if (e->fd >= 0) netchan__print_address(&bound, e->address, sizeof e->address);
+    if (e->fd >= 0 && netchan__start_endpoint(e) == NETCHAN_OK) return &e->link;
+    netchan__free_endpoint(e);
+    return NULL;
+}
+
+/* Waits for the first connection. */
+static int netchan__wait_up(netchan__endpoint *e) {
+    uint64_t deadline = netchan__deadline(e->options.connect_ms);
+    bool in_time = true;
+    pthread_mutex_lock(&netchan__net_lock);
+    while (!e->was_up && !e->failure && in_time) in_time = netchan__cond_wait(&e->changed, &netchan__net_lock, deadline);
+    int result = e->was_up ? NETCHAN_OK : e->failure ? e->failure : NETCHAN_ETIMEDOUT;
+    if (e->failure && !e->was_up) netchan__fail(result, "netchan_dial(\"%.200s\"): %.290s", e->address, e->failure_text);
+    else if (result == NETCHAN_ETIMEDOUT)
+        netchan__fail(result, "netchan_dial(\"%.200s\"): no connection within %d ms; is a listener there? Last failure: %.250s", e->address,
+                      e->options.connect_ms, e->failure_text[0] ? e->failure_text : "no answer");
+    netchan__give_back(&netchan__net_lock);
+    return result;
+}
+
+NETCHANDEF netchan_link *netchan_dial(const char *address, const netchan_options *options) {
+    netchan__endpoint *e = netchan__make_endpoint(options, true);
+    if (!e) return NULL;
+    int count = netchan__resolve(address, false, e->addresses, NETCHAN__ADDRESSES_MAX);
+    if (count > 0) {
+        snprintf(e->address, sizeof e->address, "%s", address);
+        e->address_count = (size_t)count;
+        if (netchan__start_endpoint(e) == NETCHAN_OK) {
+            if (netchan__wait_up(e) == NETCHAN_OK) return &e->link;
+            netchan__stop_endpoint(e);
+        }
+    }
+    netchan__free_endpoint(e);
+    return NULL;
+}
+
+/* Ends every operation that waits on the channel, now and from now on. Caller holds netchan__net_lock. */
+static void netchan__shut(netchan *ch) {
+    ch->closing = ch->closed = true;
+    ch->lane.closing = true;
+    netchan__queue *queues[2] = {&ch->lane.senders, &ch->receivers};
+    for (int i = 0; i < 2; i++)
+        for (netchan__waiter *w; (w = netchan__seize(queues[i]));) {
+            if (!w->op) netchan__forget(w);
+            else netchan__finish(w->op, w, w->here ? NETCHAN_EUNKNOWN : NETCHAN_ECLOSED);
+        }
+}
+
+/* Whether all that was sent on the link is known to have arrived; asks the other sides for a farewell on the way. */
+static bool netchan__drained(netchan__endpoint *e) {
+    netchan *send = e->link.send;
+    if (e->dials) {
+        if (!e->session) return send->backlog_count == 0;
+        if (send->backlog_count || !netchan__session_idle(e->session)) return false;
+        netchan__emit_bye(e->session);
+        return false; /* the session ends with the answer */
+    }
+    if (send->lane.count || send->matches) return false;
+    for (netchan__peer *p = netchan__net.peers; p; p = p->next_peer)
+        if (p->work == send) netchan__emit_bye(netchan__session_of(p));
+    return e->peers == 0;
+}
+
+/* Waits until everything is delivered or the time is up. */
+static bool netchan__drain(netchan__endpoint *e) {
+    uint64_t deadline = netchan__deadline(e->options.linger_ms);
+    bool in_time = true, drained = false;
+    while (!(drained = netchan__drained(e)) && in_time) {
+        netchan__give_back(&netchan__net_lock); /* with what the farewells need */
+        pthread_mutex_lock(&netchan__net_lock);
+        if ((drained = netchan__drained(e))) break;
+        uint64_t look = netchan__now_ns() + 10000000u; /* the session's own progress is not signalled */
+        bool short_wait = look < deadline;
+        in_time = netchan__cond_wait(&e->changed, &netchan__net_lock, short_wait ? look : deadline) || short_wait;
+    }
+    return drained;
+}
+
+NETCHANDEF int netchan_hangup(netchan_link *link, netchan_report *report) {
+    netchan__endpoint *e = (netchan__endpoint *)(void *)link;
+    if (!e) return NETCHAN_OK;
+    pthread_mutex_lock(&netchan__net_lock);
+    e->hanging_up = true;
+    netchan__wake_io(); /* no new peers */
+    netchan__drain(e);
+    netchan_report r = {e->link.send->backlog_count, 0};
+    if (!e->dials) r.undelivered = e->link.send->lane.count;
+    netchan__shut(e->link.send);
+    netchan__shut(e->link.recv);
+    netchan__give_back(&netchan__net_lock);
+    netchan__stop_endpoint(e);
+    pthread_mutex_lock(&netchan__net_lock);
+    netchan__shut(e->link.events);
+    for (netchan__lane *lane; (lane = e->link.recv->is_merge ? e->link.recv->lanes : NULL);) {
+        netchan__lane_clear(lane);
+        netchan__retire_lane(lane);
+    }
+    r.unknown = (size_t)e->unknown;
+    netchan__give_back(&netchan__net_lock);
+    if (report) *report = r;
+    netchan__free_endpoint(e);
+    return r.undelivered || r.unknown ? netchan__fail(NETCHAN_ETIMEDOUT, "netchan_hangup: %zu values were not delivered, of %zu only the peer knew",
+                                                      r.undelivered, r.unknown)
+                                      : NETCHAN_OK;
+}
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* NETCHAN_IMPLEMENTATION */
+
+/*
+ * REVISION HISTORY
+ *
+ *   0.1.0  Values, local channels, select; links over TLS 1.3 with shared_key, pin or insecure; work queue and merge.
+ *
+ * LICENCE
+ *
+ * MIT License. Copyright (c) 2026 the netchan.h authors
+ *
+ * Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated documentation
+ * files (the "Software"), to deal in the Software without restriction, including without limitation the rights to use, copy,
+ * modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit persons to whom the
+ * Software is furnished to do so, subject to the following conditions:
+ *
+ * The above copyright notice and this permission notice shall be included in all copies or substantial portions of the Software.
+ *
+ * THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
+ * WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
+ * COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE,
+ * ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+ */
