@@ -120,7 +120,8 @@
  *     22 RELEASE entry, match     L: the grant is not used, the entry waits again
  *     23 ACCEPT entry, result     L: the send is over. result: 0 OK, else the negated result code
  *     24 WITHDRAWN entry          L: the answer to a try that found nobody
- *     25 CREDIT channel, n        L: n more values may be sent as DATA
+ *     25 CREDIT channel, n, left  L: n more values may be sent as DATA, or OFFERed if they are large; `left` of those sent before
+ *                  have left the buffer
  *     26 CLOSED channel           L: after the last value
  *     Unknown types are skipped. size is the encoded size of the value; a value over 16,256 bytes is never in the frame that names
  *     its size: it is shipped in FRAGMENTs after GRANT or COMMIT. The commit protocol itself is described at [7].
@@ -704,8 +705,14 @@ typedef struct netchan__map {
     size_t count, cap; /* cap is a power of two */
 } netchan__map;
 
+static uint64_t netchan__map_seed; /* random, set before the first link: a peer chooses keys, but not who collides */
+
+/* The finaliser of splitmix64 (Steele, Lea, Flood 2014). */
 static size_t netchan__map_home(const netchan__map *m, uint64_t key) {
-    return (size_t)((key * 0x9E3779B97F4A7C15u) >> 32) & (m->cap - 1); /* Fibonacci hashing, Knuth, TAOCP 6.4 */
+    key ^= netchan__map_seed;
+    key = (key ^ (key >> 30)) * 0xBF58476D1CE4E5B9u;
+    key = (key ^ (key >> 27)) * 0x94D049BB133111EBu;
+    return (size_t)(key ^ (key >> 31)) & (m->cap - 1);
 }
 
 static void *netchan__map_get(const netchan__map *m, uint64_t key) {
@@ -1043,7 +1050,7 @@ static int netchan__measure_children(const netchan_value *v, unsigned depth, net
         if (result != NETCHAN_OK) return result;
     }
     m->wire += netchan__length_prefixed(netchan__varint_size(count) + inner.wire);
-    m->block += count * netchan__item_size(v->type == NETCHAN_ARRAY ? NETCHAN_ARRAY : NETCHAN_MAP) + inner.block;
+    m->block += netchan__align(count * netchan__item_size(v->type == NETCHAN_ARRAY ? NETCHAN_ARRAY : NETCHAN_MAP)) + inner.block;
     m->channels |= inner.channels;
     return NETCHAN_OK;
 }
@@ -1318,6 +1325,10 @@ static void netchan__scan_value(netchan__reader *r, unsigned depth, size_t *bloc
     netchan__read_head(r, &v, &body);
     if (depth > NETCHAN_MAX_DEPTH) r->bad = true;
     if (r->bad || !netchan__is_block(&v)) return;
+    if (v.as.block.count > SIZE_MAX / 64 || *block > SIZE_MAX / 2) { /* where pointers have 32 bits */
+        r->bad = true;
+        return;
+    }
     size_t size = v.as.block.count * netchan__item_size(v.type);
     *block += size ? netchan__align(size + (v.type == NETCHAN_STR)) : 0;
     if (!netchan__has_children(&v)) return;
@@ -1361,12 +1372,16 @@ static netchan_value netchan__build_value(netchan__reader *r, uint8_t **at) {
     return v;
 }
 
-NETCHANDEF int netchan_decode(netchan_value *v, const void *data, size_t size, size_t max_block) {
-    netchan__reader r = {(const uint8_t *)data, (const uint8_t *)data + size, false}, again = r;
+/* netchan_decode(), which also tells how much memory the value occupies. */
+static int netchan__decode(netchan_value *v, const void *data, size_t size, size_t max_block, size_t *memory) {
+    static const uint8_t nothing = 0;
+    const uint8_t *begin = data ? (const uint8_t *)data : &nothing;
+    netchan__reader r = {begin, begin + (data ? size : 0), false}, again = r;
     uint8_t *block = NULL;
     size_t need = 0;
     *v = netchan__nil_value;
     netchan__scan_value(&r, 0, &need);
+    *memory = need;
     if (r.bad || netchan__left(&r)) return netchan__fail(NETCHAN_EPROTO, "these %zu bytes are not one whole value", size);
     if (max_block && need > max_block)
         return netchan__fail(NETCHAN_ETOOBIG, "a value of %zu bytes would need %zu in memory, more than the limit of %zu", size, need,
@@ -1377,6 +1392,11 @@ NETCHANDEF int netchan_decode(netchan_value *v, const void *data, size_t size, s
     NETCHAN_ASSERT(!block || at == block + need);
     v->flags = block ? NETCHAN__OWNED : 0;
     return NETCHAN_OK;
+}
+
+NETCHANDEF int netchan_decode(netchan_value *v, const void *data, size_t size, size_t max_block) {
+    size_t memory;
+    return netchan__decode(v, data, size, max_block, &memory);
 }
 
 NETCHANDEF const netchan_value *netchan_at(const netchan_value *v, size_t index) {
@@ -1535,6 +1555,8 @@ typedef struct netchan__peer netchan__peer;
 
 /* A frame fits into one TLS record. A value of more encoded bytes than a fragment is never in the frame that announces it. */
 enum { NETCHAN__FRAME_MAX = 16384, NETCHAN__FRAGMENT = NETCHAN__FRAME_MAX - 128 };
+/* How much larger a value may be in memory than on the wire: a nil in an array is one byte there and a netchan_value here. */
+enum { NETCHAN__SWELL = 24 };
 
 enum netchan__op_state {
     NETCHAN__OPEN,      /* any case may happen */
@@ -1563,7 +1585,7 @@ struct netchan__waiter {
     uint64_t op_id;        /* unique among the operations of its process, in the order they began */
     uint64_t position;     /* at an end: where in the stream its value ended; 0: it was not sent */
     netchan_value value;   /* a sender's. At home owned; at an end borrowed from the blocked call */
-    size_t size;           /* its encoded bytes */
+    size_t size, memory;   /* its encoded bytes, and what it occupies at home */
     bool is_send, multi;   /* multi: the operation has several cases */
     bool is_try;           /* answer at once */
     bool firm;             /* never declined: one case, no timeout */
@@ -1603,7 +1625,8 @@ struct netchan__op {
 
 typedef struct netchan__slot {
     netchan_value value;
-    size_t size; /* what it counts in the peer's memory */
+    size_t size;   /* its encoded bytes */
+    size_t memory; /* what it occupies here */
     bool redelivered;
 } netchan__slot;
 
@@ -1619,11 +1642,14 @@ struct netchan__lane {
     size_t pinned;   /* of those, on claims that can be declined */
     size_t reserved; /* slots promised to senders being claimed */
     size_t lent;     /* credit at the peer */
+    size_t left;     /* values that left since the peer was told */
+    size_t memory;   /* what the values in the buffer occupy */
     bool closing;    /* no more values will enter */
     size_t matching; /* matches of this lane */
     netchan__peer *peer; /* the process that sends into this lane, if it is one of several */
     uint64_t peer_number;
-    void *owner; /* for netchan__net.on_drained */
+    void *endpoint;   /* for netchan__net.on_drained */
+    bool closed_by_peer, orphaned; /* its peer said that no more will come; is gone */
     netchan__lane *next_changed;
     bool is_changed;
 };
@@ -1649,7 +1675,7 @@ struct netchan {
     size_t credit;         /* values that may be sent at once */
     netchan__buf backlog;  /* values that were sent within the credit of an earlier session and never left: LEN, value, ... */
     size_t backlog_count;
-    size_t data_sent;      /* values that were sent within credit in this session */
+    size_t in_flight;      /* values that were sent in this session and, as far as this process knows, are in the buffer */
     bool close_sent;
 };
 
@@ -1668,9 +1694,11 @@ struct netchan__match {
     int step;               /* 0, 1: that party's lock is asked for; 2: both are locked; 3: waiting for TAKEN */
     uint64_t position;      /* where in the stream the value ended that was sent to the receiver */
     netchan_value value;    /* from the buffer, or granted by a remote sender */
-    size_t size;            /* its encoded bytes; 0 when unknown */
+    size_t size, memory;    /* its encoded bytes, and what it occupies here */
     netchan__buf incoming;
     size_t announced;
+    size_t shipping;        /* what it counts in its receiver's peer->shipping */
+    uint64_t asked_at;      /* when it was first seen waiting for a remote party; 0: not yet */
 };
 
 enum netchan__frame_type {
@@ -1703,6 +1731,7 @@ enum { NETCHAN__FINAL = 1, NETCHAN__REDELIVERED = 2 };                          
 typedef struct netchan__frame {
     unsigned type;
     uint64_t channel, entry, op, match, flags, number, size;
+    size_t memory;          /* what an incoming value occupies */
     netchan_value value;    /* outgoing: borrowed; incoming: owned, the handler may take it */
     bool has_value;
     const uint8_t *bytes;   /* FRAGMENT */
@@ -1719,7 +1748,8 @@ struct netchan__peer {
     netchan__map waiters; /* at home: the waiters of this process, by id */
     size_t max_ops;       /* how many there may be */
     size_t max_message, max_memory; /* our limits */
-    size_t their_message, their_offers; /* theirs: bytes of a value; bytes of all values in OFFERs */
+    size_t their_message, their_memory; /* theirs */
+    size_t shipping;      /* at home: bytes of large values that are on their way to it */
     size_t offered;       /* at an end: bytes in OFFERs not over; at home: the same, of theirs */
     size_t reserved;      /* bytes announced by fragments and not over */
     netchan__lane *lane;  /* at home: channel 0 */
@@ -1729,8 +1759,8 @@ struct netchan__peer {
     netchan__peer *next_peer, *prev_peer; /* in netchan__net.peers */
     bool has_all;         /* it answered our farewell: nothing that we sent was lost */
     uint64_t unknown;     /* values whose fate only the peer knew, counted when it is lost */
+    uint64_t patience;    /* nanoseconds that it may take to answer a claim */
     const char *breach;   /* set: it broke the protocol, in these words, or cannot go on for lack of memory */
-    int breach_code;
 };
 
 static pthread_mutex_t netchan__net_lock = PTHREAD_MUTEX_INITIALIZER;
@@ -1749,6 +1779,7 @@ static struct netchan__net_state {
     void (*on_drained)(netchan__lane *lane); /* a lane of a merge is closed and empty */
     int wake_fd;           /* a byte written here ends the poll() of the I/O thread */
     bool wake;             /* to be done before the lock is given back */
+    bool breached;         /* a session is to be ended */
     bool polling;          /* that thread may be in poll() and was not woken yet */
 } netchan__net;
 
@@ -1800,13 +1831,19 @@ static void netchan__mark_dirty(netchan *ch) {
     netchan__net.dirty = ch;
 }
 
+/* The peer did what it may not, or memory for it is short: the I/O thread will end its session. what: the end of a sentence about it. */
+static void netchan__breach(netchan__peer *p, const char *what) {
+    if (!p->breach) p->breach = what;
+    netchan__net.breached = netchan__net.wake = true;
+}
+
 static bool netchan__is_net(netchan *ch) {
     return __atomic_load_n(&ch->lock, __ATOMIC_ACQUIRE) == &netchan__net_lock;
 }
 
 /* Grows the ring so that one more value fits. Returns false when out of memory. */
 static bool netchan__lane_room(netchan__lane *lane) {
-    if (lane->count + lane->out < lane->room) return true; /* a value that is out may come back */
+    if (lane->count + lane->out + lane->reserved < lane->room) return true; /* a value that is out may come back */
     size_t room = lane->room ? lane->room * 2 : 8;
     netchan__slot *slots = (netchan__slot *)netchan__alloc(room * sizeof *slots);
     if (!slots) return false;
@@ -1818,12 +1855,14 @@ static bool netchan__lane_room(netchan__lane *lane) {
     return true;
 }
 
-/* There is room, see netchan__lane_room(). The value is moved. */
-static void netchan__lane_push(netchan__lane *lane, netchan_value *v, size_t size) {
+/* There is room, see netchan__lane_room(). The value is moved. memory: the bytes it occupies. */
+static void netchan__lane_push(netchan__lane *lane, netchan_value *v, size_t size, size_t memory) {
     netchan__slot *slot = &lane->slots[(lane->first + lane->count++) & (lane->room - 1)];
     slot->value = *v;
     slot->size = size;
+    slot->memory = memory + sizeof *slot;
     slot->redelivered = false;
+    lane->memory += slot->memory;
     *v = netchan__nil_value;
 }
 
@@ -1831,6 +1870,8 @@ static netchan__slot netchan__lane_pop(netchan__lane *lane) {
     netchan__slot slot = lane->slots[lane->first];
     lane->first = (lane->first + 1) & (lane->room - 1);
     lane->count--;
+    lane->memory -= slot.memory;
+    lane->left++;
     return slot;
 }
 
@@ -1839,6 +1880,8 @@ static void netchan__lane_unpop(netchan__lane *lane, netchan__slot slot) {
     lane->first = (lane->first - 1) & (lane->room - 1);
     lane->slots[lane->first] = slot;
     lane->count++;
+    lane->memory += slot.memory;
+    lane->left--;
 }
 
 static bool netchan__slot_free(const netchan__lane *lane) {
@@ -1913,23 +1956,21 @@ static void netchan__forget(netchan__waiter *w) {
     NETCHAN_FREE(w);
 }
 
-static void netchan__emit_entry(netchan__waiter *w, unsigned type, uint64_t match, uint64_t number) {
-    netchan__frame f;
-    memset(&f, 0, sizeof f);
-    f.type = type;
-    f.entry = w->id;
-    f.match = match;
-    f.number = number;
-    w->peer->emit(w->peer, &f);
-}
-
-static void netchan__emit_channel(netchan__peer *p, unsigned type, uint64_t channel, uint64_t number) {
+/* A frame of numbers only. Those that its type does not have are 0. */
+static void netchan__emit_ids(netchan__peer *p, unsigned type, uint64_t channel, uint64_t entry, uint64_t match, uint64_t number, uint64_t size) {
     netchan__frame f;
     memset(&f, 0, sizeof f);
     f.type = type;
     f.channel = channel;
+    f.entry = entry;
+    f.match = match;
     f.number = number;
+    f.size = size;
     p->emit(p, &f);
+}
+
+static void netchan__emit_entry(netchan__waiter *w, unsigned type, uint64_t match, uint64_t number) {
+    netchan__emit_ids(w->peer, type, 0, w->id, match, number, 0);
 }
 
 /* Tells a sender how its send ended, and forgets it if it is remote. taker: who has the value. */
@@ -1947,24 +1988,22 @@ static uint64_t netchan__sender_number(const netchan__lane *lane, const netchan_
     return s && !s->op ? s->peer_number : lane->peer_number;
 }
 
-/* How much may be lent at once, so that even values that swell most in memory stay within half of max_memory. One byte of an array of nils
- * becomes one netchan_value. */
-static size_t netchan__lending_limit(const netchan__peer *p) {
-    size_t limit = p->max_memory / 2 / (NETCHAN__FRAGMENT * sizeof(netchan_value));
-    return limit ? limit : 1;
-}
-
-/* Lends free slots to the peer of the lane; in batches, unless it has none left. */
+/* Lends free slots to the peer of the lane; in batches, unless it has none left. What is lent and what came must fit into half of max_memory,
+ * even if every value swells as much as one can. */
 static void netchan__lend(netchan__lane *lane) {
     netchan__peer *p = lane->peer;
-    if (!p || lane->closing || !lane->cap) return;
-    size_t limit = netchan__lending_limit(p), used = lane->count + lane->out + lane->reserved;
-    size_t target = used < lane->cap ? lane->cap - used : 0;
-    if (target > limit) target = limit;
-    size_t batch = (lane->cap < limit ? lane->cap : limit) / 4;
-    if (target <= lane->lent || (lane->lent && target - lane->lent < batch)) return;
-    netchan__emit_channel(p, NETCHAN__CREDIT, 0, target - lane->lent);
+    if (!p || lane->closing || !lane->cap || lane->senders.head) return;
+    size_t used = lane->count + lane->out + lane->reserved, free_slots = used < lane->cap ? lane->cap - used : 0;
+    size_t worst = NETCHAN__FRAGMENT * (size_t)NETCHAN__SWELL, most = p->max_memory / 2 / worst + 1;
+    size_t room = lane->memory < p->max_memory / 2 ? (p->max_memory / 2 - lane->memory) / worst : 0;
+    size_t target = room ? room : used == 0; /* one at least, or nothing would ever come */
+    if (target > free_slots) target = free_slots;
+    if (target < lane->lent) target = lane->lent;
+    size_t batch = (lane->cap < most ? lane->cap : most) / 4;
+    if ((target == lane->lent || (lane->lent && target - lane->lent < batch)) && lane->left <= batch) return;
+    netchan__emit_ids(p, NETCHAN__CREDIT, 0, 0, 0, target - lane->lent, lane->left);
     lane->lent = target;
+    lane->left = 0;
 }
 
 /* Something left the lane's buffer or its queue: who waits may come in, the peer may send more. */
@@ -1998,17 +2037,18 @@ static void netchan__pass(netchan__lane *lane, netchan__waiter *s, netchan__wait
         return;
     }
     uint64_t from = netchan__sender_number(lane, s);
-    netchan__slot slot = {netchan__nil_value, 0, false};
+    netchan__slot slot = {netchan__nil_value, 0, 0, false};
     if (s) {
         netchan__dequeue(s);
         slot.value = s->value;
         slot.size = s->size;
+        slot.memory = s->memory;
         s->value = netchan__nil_value;
     } else slot = netchan__lane_pop(lane);
     if (r) {
         netchan__dequeue(r);
         netchan__finish_receive(r, &slot.value, from, slot.redelivered);
-    } else netchan__lane_push(lane, &slot.value, slot.size);
+    } else netchan__lane_push(lane, &slot.value, slot.size, slot.memory);
     if (s) netchan__finish_sender(s, NETCHAN_OK, 0);
     netchan__lane_changed(lane);
 }
@@ -2036,7 +2076,9 @@ static void netchan__bring_together(netchan__lane *lane, netchan__waiter *s, net
 
 /* May a large value of this remote sender be asked for? Its peer's other large values may have to be taken first. */
 static bool netchan__has_room(const netchan__waiter *s) {
-    return s->op || s->here || s->size <= NETCHAN__FRAGMENT || s->peer->reserved + s->size <= s->peer->max_memory / 2;
+    if (s->op || s->here || s->size <= NETCHAN__FRAGMENT) return true;
+    size_t held = s->peer->reserved + s->lane->memory;
+    return held == 0 || held + s->size <= s->peer->max_memory / 2;
 }
 
 /* Moves waiting senders into free slots. Each step may take any waiter out of the queue, so each begins anew. Returns whether it did. */
@@ -2050,11 +2092,19 @@ static bool netchan__fill(netchan__lane *lane) {
         else if (netchan__lane_room(lane)) netchan__bring_together(lane, s, NULL);
         else {
             netchan__dequeue(s);
-            if (!s->op || netchan__change_state(s->op, NETCHAN__OPEN, NETCHAN__ENGAGED)) netchan__finish_sender(s, NETCHAN_ENOMEM, 0);
+            if (!s->op && !s->here) netchan__breach(s->peer, "out of memory for one of its operations");
+            else if (!s->op || netchan__change_state(s->op, NETCHAN__OPEN, NETCHAN__ENGAGED))
+                netchan__finish_sender(s, NETCHAN_ENOMEM, 0);
         }
     }
     netchan__update_ready(lane);
     return moved;
+}
+
+/* Does this receiver's process not take a value of this size, or not now? */
+static bool netchan__is_too_big(const netchan__waiter *r, size_t size) {
+    if (r->op || size <= NETCHAN__FRAGMENT) return false;
+    return size > r->peer->their_message || (r->peer->shipping && r->peer->shipping + size > r->peer->their_memory / 2);
 }
 
 /* Brings one receiver together with what a lane has. Returns false when there is no such pair. */
@@ -2072,6 +2122,15 @@ static bool netchan__serve(netchan *ch) {
             netchan__waiter *s = lane->cap ? NULL : lane->senders.head;
             while (s && (netchan__is_stale(s) || netchan__same_op(s, r) || !netchan__has_room(s))) s = s->next;
             if (!lane->cap && !s) continue;
+            size_t size = s ? s->size : lane->slots[lane->first].size;
+            if (netchan__is_too_big(r, size)) {
+                bool never = size > r->peer->their_message;
+                if (!never || !s || (s->op && !netchan__change_state(s->op, NETCHAN__OPEN, NETCHAN__ENGAGED))) continue;
+                netchan__dequeue(s);
+                netchan__finish_sender(s, NETCHAN_ETOOBIG, 0);
+                netchan__update_ready(lane);
+                return true;
+            }
             netchan__next_turn(lane);
             netchan__bring_together(lane, s, r);
             return true;
@@ -2105,7 +2164,7 @@ static void netchan__finish_close(netchan *ch) {
     if (lane->count || lane->out || lane->reserved || ch->matches) return;
     ch->closed = true;
     for (netchan__peer *p = netchan__is_net(ch) ? netchan__net.peers : NULL; p; p = p->next_peer)
-        if (p->work == ch) netchan__emit_channel(p, NETCHAN__CLOSED, 1, 0);
+        if (p->work == ch) netchan__emit_ids(p, NETCHAN__CLOSED, 1, 0, 0, 0, 0);
     for (netchan__waiter *r; (r = netchan__seize(&ch->receivers));) {
         if (r->op) netchan__finish(r->op, r, NETCHAN_ECLOSED);
         else netchan__forget(r); /* its process learns it from CLOSED */
@@ -2159,12 +2218,6 @@ static size_t netchan__lane_clear(netchan__lane *lane) {
 
 enum netchan__lock_answer { NETCHAN__LOCKED, NETCHAN__ASKED, NETCHAN__GONE };
 
-static void netchan__breach(netchan__peer *p, int code, const char *what) {
-    if (p->breach) return;
-    p->breach = what;
-    p->breach_code = code;
-}
-
 static unsigned netchan__flag(bool on, unsigned flag) {
     return on ? flag : 0;
 }
@@ -2201,6 +2254,7 @@ static void netchan__unlink_match(netchan__match *m) {
     m->lane->matching--;
     if (m->sender) m->sender->match = NULL;
     if (m->receiver) m->receiver->match = NULL;
+    if (m->receiver && m->receiver->peer && !m->receiver->op) m->receiver->peer->shipping -= m->shipping;
     if (m->sender && !m->sender->op && !m->sender->here && !m->sender->lost && m->announced) m->sender->peer->reserved -= m->announced;
 }
 
@@ -2216,7 +2270,7 @@ static void netchan__free_match(netchan__match *m) {
 static void netchan__give_up(netchan__waiter *w) {
     netchan__dequeue(w);
     if (!w->op) {
-        netchan__breach(w->peer, NETCHAN_ENOMEM, "out of memory for one of its operations");
+        netchan__breach(w->peer, "out of memory for one of its operations");
         netchan__forget(w);
     } else if (netchan__change_state(w->op, NETCHAN__OPEN, NETCHAN__ENGAGED)) netchan__finish(w->op, w, NETCHAN_ENOMEM);
 }
@@ -2249,11 +2303,13 @@ static void netchan__begin_match(netchan__lane *lane, netchan__waiter *s, netcha
         netchan__dequeue(s);
         s->match = m;
         m->size = s->size;
+        m->memory = s->memory;
     } else {
         netchan__slot slot = netchan__lane_pop(lane);
         m->from_buffer = true;
         m->value = slot.value;
         m->size = slot.size;
+        m->memory = slot.memory;
         m->redelivered = slot.redelivered;
         lane->out++;
         m->pinned = !r->firm;
@@ -2296,14 +2352,18 @@ static void netchan__claim_remote(netchan__match *m, netchan__waiter *w, bool fi
     f.match = m->id;
     f.flags = netchan__flag(final, NETCHAN__FINAL) | netchan__flag(m->redelivered, NETCHAN__REDELIVERED);
     m->carried = final && !w->is_send && m->size <= NETCHAN__FRAGMENT;
+    if (final && !w->is_send) f.size = m->size;
     if (m->carried) {
         f.has_value = true;
         f.value = *netchan__match_value(m);
-        f.size = m->size;
     }
     if (w->is_send && w->size > NETCHAN__FRAGMENT) {
         m->announced = w->size;
         w->peer->reserved += w->size;
+    }
+    if (!w->is_send && m->size > NETCHAN__FRAGMENT && !m->shipping) {
+        m->shipping = m->size;
+        w->peer->shipping += m->size;
     }
     uint64_t position = w->peer->emit(w->peer, &f);
     if (m->carried) m->position = position;
@@ -2367,15 +2427,14 @@ static void netchan__settle_buffer(netchan__match *m, bool value_back, bool rede
     lane->out--;
     lane->pinned -= m->pinned;
     if (!value_back) return;
-    netchan__slot slot = {m->value, m->size, m->redelivered || redelivered};
+    netchan__slot slot = {m->value, m->size, m->memory, m->redelivered || redelivered};
     m->value = netchan__nil_value;
     netchan__lane_unpop(lane, slot);
 }
 
-/* The party whose lock was asked for is over or gone: the other one waits again. The match ends. */
-static void netchan__fall_through(netchan__match *m) {
+/* The party of this step is over or gone: the other one, which may be locked, waits again. The match ends. */
+static void netchan__fall_through(netchan__match *m, bool locked) {
     netchan__waiter *other = netchan__party(m, m->step == 0 ? 1 : 0), *asked = netchan__party(m, m->step == 0 ? 0 : 1);
-    bool locked = m->step == 1;
     netchan__unlink_match(m);
     if (asked) netchan__forget(asked); /* remote: a local one is gone, and NULL */
     netchan__settle_buffer(m, true, false);
@@ -2414,7 +2473,7 @@ static void netchan__commit(netchan__match *m) {
     netchan__waiter *r = m->receiver;
     netchan_value *v = netchan__match_value(m);
     if (!r) {
-        netchan__lane_push(m->lane, v, m->size);
+        netchan__lane_push(m->lane, v, m->size, m->memory);
         netchan__end_match(m, NETCHAN_OK, 0);
     } else if (r->op) {
         r->match = NULL;
@@ -2422,8 +2481,10 @@ static void netchan__commit(netchan__match *m) {
         netchan__finish_receive(r, v, netchan__sender_number(m->lane, m->sender), m->redelivered);
         netchan__end_match(m, NETCHAN_OK, 0);
     } else if (m->carried) netchan__end_match(m, NETCHAN_OK, r->peer->number);
-    else if (r->lost) netchan__end_match(m, NETCHAN_ELOST, 0);
-    else netchan__ship(m);
+    else if (r->lost) {
+        m->step = m->receiver_first ? 0 : 1; /* as if it had declined */
+        netchan__fall_through(m, true);
+    } else netchan__ship(m);
 }
 
 /* Asks for the locks that are missing, as far as it goes now. */
@@ -2432,7 +2493,7 @@ static void netchan__progress(netchan__match *m) {
         enum netchan__lock_answer answer = netchan__lock_party(m, m->step);
         if (answer == NETCHAN__ASKED) return;
         if (answer == NETCHAN__GONE) {
-            netchan__fall_through(m);
+            netchan__fall_through(m, m->step == 1);
             return;
         }
     }
@@ -2440,14 +2501,6 @@ static void netchan__progress(netchan__match *m) {
 }
 
 /* ---- The owner of a remote operation: claims on the waiters of this process. ---- */
-
-static void netchan__emit_match(netchan__peer *p, unsigned type, uint64_t match) {
-    netchan__frame f;
-    memset(&f, 0, sizeof f);
-    f.type = type;
-    f.match = match;
-    p->emit(p, &f);
-}
 
 static void netchan__unregister(netchan__waiter *w) {
     netchan_clear(&w->claim_value);
@@ -2480,7 +2533,7 @@ static void netchan__withdraw_others(netchan__op *op, const netchan__waiter *w) 
                 m->next_declined = netchan__net.declined;
                 netchan__net.declined = m;
             }
-        } else if (other->peer && other->claim) netchan__emit_match(other->peer, NETCHAN__DECLINE, other->claim);
+        } else if (other->peer && other->claim) netchan__emit_ids(other->peer, NETCHAN__DECLINE, 0, 0, other->claim, 0, 0);
         else if (other->peer) netchan__emit_entry(other, NETCHAN__WITHDRAW, 0, 0);
         netchan__unregister(other);
     }
@@ -2522,7 +2575,7 @@ static netchan__waiter *netchan__waiter_of(netchan__peer *p, uint64_t id) {
 /* A large value is announced: its memory is reserved before the first fragment. */
 static bool netchan__announce(netchan__peer *p, uint64_t size, size_t *announced) {
     if (size > p->max_message || p->reserved + size > p->max_memory) {
-        netchan__breach(p, NETCHAN_ETOOBIG, "it announced a value over max_message, or more of them than max_memory");
+        netchan__breach(p, "it announced a value over max_message, or more of them than max_memory");
         return false;
     }
     *announced = (size_t)size;
@@ -2533,16 +2586,16 @@ static bool netchan__announce(netchan__peer *p, uint64_t size, size_t *announced
 static void netchan__on_claim(netchan__peer *p, netchan__frame *f) {
     netchan__waiter *w = netchan__waiter_of(p, f->entry);
     if (!w || netchan__state(w->op) >= NETCHAN__COMMITTED) {
-        netchan__emit_match(p, NETCHAN__DECLINE, f->match);
+        netchan__emit_ids(p, NETCHAN__DECLINE, 0, 0, f->match, 0, 0);
         return;
     }
     if (w->claim || !f->match) {
-        netchan__breach(p, NETCHAN_EPROTO, "it claimed what it had claimed already");
+        netchan__breach(p, "it claimed what it had claimed already");
         return;
     }
     bool final = f->flags & NETCHAN__FINAL;
     if (f->has_value && (w->is_send || !final)) {
-        netchan__breach(p, NETCHAN_EPROTO, "it sent a value with a claim that takes none");
+        netchan__breach(p, "it sent a value with a claim that takes none");
         return;
     }
     if (final && !w->is_send && !f->has_value && !netchan__announce(p, f->size, &w->announced)) return;
@@ -2570,53 +2623,55 @@ static netchan__waiter *netchan__engaged_waiter(netchan__peer *p, uint64_t entry
 static void netchan__on_commit(netchan__peer *p, netchan__frame *f) {
     netchan__waiter *w = netchan__engaged_waiter(p, f->entry, f->match);
     if (!w || w->is_send || w->incoming.cap) {
-        netchan__breach(p, NETCHAN_EPROTO, "it committed a match that was not granted");
+        netchan__breach(p, "it committed a match that was not granted");
         return;
     }
     netchan__set_state(w->op, NETCHAN__COMMITTED);
     netchan__withdraw_others(w->op, w);
     w->claim_redelivered = f->flags & NETCHAN__REDELIVERED;
     if (f->has_value) {
-        netchan__emit_match(p, NETCHAN__TAKEN, f->match);
+        netchan__emit_ids(p, NETCHAN__TAKEN, 0, 0, f->match, 0, 0);
         netchan__finish_receive(w, &f->value, p->number, w->claim_redelivered);
     } else if (!w->announced) netchan__announce(p, f->size, &w->announced);
-    else if (w->announced != f->size) netchan__breach(p, NETCHAN_EPROTO, "it changed the size of a value");
+    else if (w->announced != f->size) netchan__breach(p, "it changed the size of a value");
 }
 
 /* Adds a fragment. Returns true when the value is whole, which is then in *v. */
-static bool netchan__gather(netchan__peer *p, netchan__buf *incoming, size_t announced, const netchan__frame *f, netchan_value *v) {
+static bool netchan__gather(netchan__peer *p, netchan__buf *incoming, size_t announced, const netchan__frame *f, netchan_value *v,
+                            size_t *memory) {
     if (!announced || f->count > announced - netchan__buf_size(incoming)) {
-        netchan__breach(p, NETCHAN_EPROTO, "it sent more fragments than it had announced");
+        netchan__breach(p, "it sent more fragments than it had announced");
         return false;
     }
     if (!netchan__buf_append(incoming, f->bytes, f->count)) {
-        netchan__breach(p, NETCHAN_ENOMEM, "out of memory for a value it sent");
+        netchan__breach(p, "out of memory for a value it sent");
         return false;
     }
     if (netchan__buf_size(incoming) < announced) return false;
-    int result = netchan_decode(v, incoming->data + incoming->start, announced, p->max_memory);
+    int result = netchan__decode(v, incoming->data + incoming->start, announced, p->max_memory, memory);
     netchan__buf_free(incoming);
     if (result == NETCHAN_OK) return true;
-    netchan__breach(p, result, "it sent a value that cannot be decoded, or not within max_memory");
+    netchan__breach(p, "it sent a value that cannot be decoded, or not within max_memory");
     return false;
 }
 
 static void netchan__on_fragment_for_receiver(netchan__peer *p, netchan__frame *f) {
     netchan__waiter *w = netchan__waiter_of(p, f->match);
     if (!w || w->op->engaged != w || netchan__state(w->op) != NETCHAN__COMMITTED || w->is_send) {
-        netchan__breach(p, NETCHAN_EPROTO, "it sent a fragment of nothing");
+        netchan__breach(p, "it sent a fragment of nothing");
         return;
     }
     netchan_value v = netchan__nil_value;
-    if (!netchan__gather(p, &w->incoming, w->announced, f, &v)) return;
-    netchan__emit_match(p, NETCHAN__TAKEN, w->claim);
+    size_t memory;
+    if (!netchan__gather(p, &w->incoming, w->announced, f, &v, &memory)) return;
+    netchan__emit_ids(p, NETCHAN__TAKEN, 0, 0, w->claim, 0, 0);
     netchan__finish_receive(w, &v, p->number, w->claim_redelivered);
 }
 
 static void netchan__on_release(netchan__peer *p, netchan__frame *f) {
     netchan__waiter *w = netchan__engaged_waiter(p, f->entry, f->match);
     if (!w || netchan__state(w->op) != NETCHAN__ENGAGED || w->op->is_released) {
-        netchan__breach(p, NETCHAN_EPROTO, "it released a match that was not granted");
+        netchan__breach(p, "it released a match that was not granted");
         return;
     }
     w->claim = 0;
@@ -2629,12 +2684,13 @@ static void netchan__on_accept(netchan__peer *p, netchan__frame *f) {
     int state = netchan__state(w->op);
     bool expected = w->is_send && (state == NETCHAN__OPEN ? w->here : w->op->engaged == w);
     if (!expected || f->number > 15) {
-        netchan__breach(p, NETCHAN_EPROTO, "it accepted what was not offered");
+        netchan__breach(p, "it accepted what was not offered");
         return;
     }
     netchan__dequeue(w);
     netchan__set_state(w->op, NETCHAN__COMMITTED);
     w->op->peer = p->number;
+    if (w->ch->lane.cap && f->number == 0) w->ch->in_flight++;
     netchan__finish(w->op, w, -(int)f->number);
 }
 
@@ -2663,21 +2719,27 @@ static void netchan__flush_backlog(netchan *ch) {
         f.channel = ch->channel;
         f.count = (size_t)netchan__read_varint(&r);
         f.bytes = r.p;
-        ch->home->emit(ch->home, &f);
+        if (ch->home->emit(ch->home, &f) == UINT64_MAX) return;
         netchan__buf_consume(&ch->backlog, (size_t)(r.p - (ch->backlog.data + ch->backlog.start)) + f.count);
         ch->backlog_count--;
         ch->credit--;
-        ch->data_sent++;
+        ch->in_flight++;
     }
 }
 
-/* Sends within credit; then the close, once all that was sent before it is on its way. */
+static void netchan__register(netchan__waiter *w);
+
+/* Sends within credit, of which an offer of a large value costs as much; then the close, once all before it is on its way. */
 static void netchan__pair_end(netchan *ch) {
     netchan__flush_backlog(ch);
     while (ch->home && ch->credit && !ch->backlog_count) {
         netchan__waiter *s = ch->lane.senders.head;
         while (s && (netchan__state(s->op) != NETCHAN__OPEN || s->id)) s = s->next;
         if (!s) break;
+        if (s->size > NETCHAN__FRAGMENT || s->size > ch->home->their_message) {
+            netchan__register(s);
+            continue;
+        }
         netchan__frame f;
         memset(&f, 0, sizeof f);
         f.type = NETCHAN__DATA;
@@ -2685,26 +2747,32 @@ static void netchan__pair_end(netchan *ch) {
         f.has_value = true;
         f.value = s->value;
         f.size = s->size;
+        if (ch->home->emit(ch->home, &f) == UINT64_MAX) return; /* the session is broken; the value waits for the next */
         ch->credit--;
-        ch->data_sent++;
-        ch->home->emit(ch->home, &f);
+        ch->in_flight++;
         netchan__dequeue(s);
         netchan__change_state(s->op, NETCHAN__OPEN, NETCHAN__ENGAGED);
         s->op->peer = ch->home->number;
         netchan__finish(s->op, s, NETCHAN_OK);
     }
     if (!ch->home || !ch->closing || ch->close_sent || ch->backlog_count) return;
-    netchan__emit_channel(ch->home, NETCHAN__CLOSE, ch->channel, 0);
+    netchan__emit_ids(ch->home, NETCHAN__CLOSE, ch->channel, 0, 0, 0, 0);
     ch->close_sent = true;
 }
 
-/* Tells the home that w waits. Values that fit into credit wait for it here instead. */
+/* How many bytes of values a peer may have in offers, even if they swell. */
+static size_t netchan__offer_limit(size_t max_memory) {
+    return max_memory / 4 / NETCHAN__SWELL;
+}
+
+/* Tells the home that w waits. What is sent into a buffer waits here for credit. */
 static void netchan__register(netchan__waiter *w) {
     netchan__peer *p = w->ch->home;
     if (!p || w->id) return;
     bool large = w->size > NETCHAN__FRAGMENT;
-    if (w->is_send && w->ch->lane.cap && !large) return;
-    if (w->is_send && w->size > p->their_message) {
+    bool too_big = w->is_send && w->size > p->their_message;
+    if (w->is_send && w->ch->lane.cap && !too_big && (!large || !w->ch->credit || w->ch->backlog_count)) return;
+    if (too_big) {
         if (!netchan__change_state(w->op, NETCHAN__OPEN, NETCHAN__ENGAGED)) return;
         netchan__dequeue(w);
         netchan__finish(w->op, w, NETCHAN_ETOOBIG);
@@ -2717,6 +2785,7 @@ static void netchan__register(netchan__waiter *w) {
     }
     w->id = id;
     w->peer = p;
+    if (w->is_send && w->ch->lane.cap) w->ch->credit--;
     netchan__frame f;
     memset(&f, 0, sizeof f);
     f.type = w->is_send ? NETCHAN__OFFER : NETCHAN__DEMAND;
@@ -2724,7 +2793,7 @@ static void netchan__register(netchan__waiter *w) {
     f.entry = id;
     f.op = w->op_id;
     f.size = w->size;
-    if (w->is_send && !w->multi && (w->firm || w->is_try) && !large && p->offered + w->size <= p->their_offers) {
+    if (w->is_send && !w->multi && (w->firm || w->is_try) && !large && p->offered + w->size <= netchan__offer_limit(p->their_memory)) {
         w->here = true;
         f.has_value = true;
         f.value = w->value;
@@ -2739,18 +2808,19 @@ static void netchan__register(netchan__waiter *w) {
 
 static void netchan__on_credit(netchan__peer *p, netchan__frame *f) {
     netchan *ch = p->send;
-    if (!ch || f->channel != ch->channel || f->number > ch->lane.cap - ch->credit) {
-        netchan__breach(p, NETCHAN_EPROTO, "it lent more than the capacity");
+    if (!ch || f->channel != ch->channel || f->size > ch->in_flight || f->number > ch->lane.cap - ch->credit) {
+        netchan__breach(p, "it lent more than the capacity");
         return;
     }
     ch->credit += (size_t)f->number;
+    ch->in_flight -= (size_t)f->size;
     netchan__mark_dirty(ch);
 }
 
 static void netchan__on_closed(netchan__peer *p, netchan__frame *f) {
     netchan *ch = p->recv;
     if (!ch || f->channel != ch->channel) {
-        netchan__breach(p, NETCHAN_EPROTO, "it closed a channel that does not exist");
+        netchan__breach(p, "it closed a channel that does not exist");
         return;
     }
     ch->closing = ch->closed = true;
@@ -2765,18 +2835,25 @@ static void netchan__on_waiter(netchan__peer *p, netchan__frame *f) {
     netchan *ch = is_send ? (lane ? lane->ch : NULL) : p->work;
     bool here = (f->flags & NETCHAN__HERE) != 0;
     if (!ch || f->channel != (is_send ? 0u : 1u) || !f->entry || netchan__map_get(&p->waiters, f->entry) || here != f->has_value) {
-        netchan__breach(p, NETCHAN_EPROTO, "it offered or demanded on a channel that does not exist, or twice");
+        netchan__breach(p, "it offered or demanded on a channel that does not exist, or twice");
         return;
     }
     if (p->waiters.count >= p->max_ops || f->size > p->max_message ||
-        (here && p->offered + f->size > p->max_memory / 2)) {
-        netchan__breach(p, NETCHAN_EPROTO, "it has more operations than max_ops, or larger ones than max_message and max_memory");
+        (here && p->offered + f->size > netchan__offer_limit(p->max_memory))) {
+        netchan__breach(p, "it has more operations than max_ops, or larger ones than max_message and max_memory");
         return;
+    }
+    if (is_send && lane->cap && !lane->closing) {
+        if (!lane->lent) {
+            netchan__breach(p, "it offered without credit");
+            return;
+        }
+        lane->lent--;
     }
     netchan__waiter *w = (netchan__waiter *)netchan__alloc(sizeof *w);
     if (!w || !netchan__map_put(&p->waiters, f->entry, w)) {
         NETCHAN_FREE(w);
-        netchan__breach(p, NETCHAN_ENOMEM, "out of memory for one of its operations");
+        netchan__breach(p, "out of memory for one of its operations");
         return;
     }
     w->ch = ch;
@@ -2788,6 +2865,7 @@ static void netchan__on_waiter(netchan__peer *p, netchan__frame *f) {
     w->value = f->value;
     f->value = netchan__nil_value;
     w->size = (size_t)f->size;
+    w->memory = f->memory;
     w->is_send = is_send;
     w->multi = f->flags & NETCHAN__MULTI;
     w->is_try = f->flags & NETCHAN__TRY;
@@ -2804,7 +2882,7 @@ static void netchan__on_waiter(netchan__peer *p, netchan__frame *f) {
         netchan__fill(lane);
         netchan__update_ready(lane);
     }
-    uint64_t id = w->id;
+    uint64_t id = f->entry;
     netchan__pair(ch);
     w = (netchan__waiter *)netchan__map_get(&p->waiters, id);
     if (!w || !w->is_try) return;
@@ -2817,8 +2895,10 @@ static void netchan__on_waiter(netchan__peer *p, netchan__frame *f) {
 static void netchan__on_withdraw(netchan__peer *p, netchan__frame *f) {
     netchan__waiter *w = (netchan__waiter *)netchan__map_get(&p->waiters, f->entry);
     if (!w) return;
+    netchan__lane *lane = w->lane;
     if (w->match) w->withdrawn = true;
     else netchan__forget(w);
+    if (lane) netchan__lane_changed(lane);
 }
 
 /* The match whose claim this peer answers, or NULL. step: which step it must be in; -1: either claim. */
@@ -2830,6 +2910,7 @@ static netchan__match *netchan__answered(netchan__peer *p, uint64_t id, int step
 }
 
 static void netchan__locked(netchan__match *m) {
+    m->asked_at = 0;
     m->step++;
     netchan__progress(m);
 }
@@ -2838,11 +2919,12 @@ static void netchan__on_grant(netchan__peer *p, netchan__frame *f) {
     netchan__match *m = netchan__answered(p, f->match, -1);
     netchan__waiter *w = m ? netchan__party(m, m->step) : NULL;
     if (!w || (w->is_send && f->size != w->size && !f->has_value) || (!w->is_send && f->has_value)) {
-        netchan__breach(p, NETCHAN_EPROTO, "it granted what was not claimed");
+        netchan__breach(p, "it granted what was not claimed");
         return;
     }
     if (w->is_send && f->has_value) {
         m->value = f->value;
+        m->memory = f->memory;
         m->size = (size_t)f->size;
         f->value = netchan__nil_value;
     }
@@ -2852,36 +2934,37 @@ static void netchan__on_grant(netchan__peer *p, netchan__frame *f) {
 static void netchan__on_fragment_of_sender(netchan__peer *p, netchan__frame *f) {
     netchan__match *m = netchan__answered(p, f->match, -1);
     if (!m || netchan__party(m, m->step) != m->sender) {
-        netchan__breach(p, NETCHAN_EPROTO, "it sent a fragment of nothing");
+        netchan__breach(p, "it sent a fragment of nothing");
         return;
     }
-    if (netchan__gather(p, &m->incoming, m->announced, f, &m->value)) netchan__locked(m);
+    if (f->count == NETCHAN__FRAGMENT) m->asked_at = 0; /* it goes on */
+    if (netchan__gather(p, &m->incoming, m->announced, f, &m->value, &m->memory)) netchan__locked(m);
 }
 
 static void netchan__on_decline(netchan__peer *p, netchan__frame *f) {
     netchan__match *m = netchan__answered(p, f->match, -1);
-    if (m) netchan__fall_through(m);
-    else netchan__breach(p, NETCHAN_EPROTO, "it declined what was not claimed");
+    if (m) netchan__fall_through(m, m->step == 1);
+    else netchan__breach(p, "it declined what was not claimed");
 }
 
 static void netchan__on_taken(netchan__peer *p, netchan__frame *f) {
     netchan__match *m = netchan__answered(p, f->match, 3);
     if (m) netchan__end_match(m, NETCHAN_OK, p->number);
-    else netchan__breach(p, NETCHAN_EPROTO, "it took what was not committed");
+    else netchan__breach(p, "it took what was not committed");
 }
 
 static void netchan__on_data(netchan__peer *p, netchan__frame *f) {
     netchan__lane *lane = p->lane;
     if (!lane || f->channel != 0 || !lane->lent || lane->closing || !f->has_value) {
-        netchan__breach(p, NETCHAN_EPROTO, "it sent without credit, or after its close");
+        netchan__breach(p, "it sent without credit, or after its close");
         return;
     }
     if (!netchan__lane_room(lane)) {
-        netchan__breach(p, NETCHAN_ENOMEM, "out of memory for a value it sent");
+        netchan__breach(p, "out of memory for a value it sent");
         return;
     }
     lane->lent--;
-    netchan__lane_push(lane, &f->value, (size_t)f->size);
+    netchan__lane_push(lane, &f->value, (size_t)f->size, f->memory);
     netchan__lane_changed(lane);
 }
 
@@ -2901,10 +2984,10 @@ static void netchan__retire_lane(netchan__lane *lane) {
 
 static void netchan__on_close(netchan__peer *p, netchan__frame *f) {
     if (!p->lane || f->channel != 0 || p->lane->closing) {
-        netchan__breach(p, NETCHAN_EPROTO, "it closed a channel that does not exist, or twice");
+        netchan__breach(p, "it closed a channel that does not exist, or twice");
         return;
     }
-    p->lane->closing = true;
+    p->lane->closing = p->lane->closed_by_peer = true;
     p->lane->lent = 0;
     netchan__turn_away(p->lane);
     netchan__lane_changed(p->lane);
@@ -2919,7 +3002,7 @@ static void netchan__handle(netchan__peer *p, netchan__frame *f) {
         return;
     }
     if (f->type < NETCHAN__CLAIM ? !to_home : !from_home) {
-        netchan__breach(p, NETCHAN_EPROTO, "it sent a message that only the other side may send");
+        netchan__breach(p, "it sent a message that only the other side may send");
         return;
     }
     switch (f->type) {
@@ -2958,7 +3041,7 @@ static void netchan__reopen(netchan__op *op) {
     }
     for (size_t i = 0; i < op->count; i++) {
         netchan__waiter *w = &op->waiters[i];
-        if (!w->ch || w->match) continue;
+        if (!w->ch || w->match || w->claim) continue; /* what is being negotiated is finished first */
         bool closed = w->is_send ? (w->lane ? w->lane->closing : w->ch->closing) : w->ch->closed;
         if (!closed && !w->lost) continue;
         netchan__finish(op, w, closed ? NETCHAN_ECLOSED : NETCHAN_ELOST);
@@ -2983,13 +3066,25 @@ static void netchan__reopen(netchan__op *op) {
     netchan__locked(w->match);
 }
 
+/* Who does not answer a claim holds up whoever waits on the other side of the match: after its patience that is a breach. */
+static void netchan__check_claims(uint64_t now) {
+    for (size_t i = 0; i < netchan__net.matches.cap; i++) {
+        if (!netchan__net.matches.slots[i].key) continue;
+        netchan__match *m = (netchan__match *)netchan__net.matches.slots[i].item;
+        netchan__waiter *asked = m->step == 3 ? m->receiver : netchan__party(m, m->step);
+        if (!asked || asked->op || !asked->peer || asked->lost) continue;
+        if (!m->asked_at) m->asked_at = now;
+        else if (now - m->asked_at > asked->peer->patience) netchan__breach(asked->peer, "it does not answer");
+    }
+}
+
 /* Works off what the last steps set free, until nothing more can happen (I2). Caller holds netchan__net_lock. */
 static void netchan__settle(void) {
     for (;;) {
         if (netchan__net.declined) {
             netchan__match *m = netchan__net.declined;
             netchan__net.declined = m->next_declined;
-            netchan__fall_through(m);
+            netchan__fall_through(m, m->step == 1);
         } else if (netchan__net.released) {
             netchan__op *op = netchan__net.released;
             netchan__net.released = op->next_released;
@@ -3008,7 +3103,7 @@ static void netchan__settle(void) {
             lane->is_changed = false;
             netchan__fill(lane);
             if (lane->is_ready) netchan__mark_dirty(lane->ch);
-            if (lane->closing) netchan__retire_lane(lane);
+            if (lane->closing && !lane->is_changed) netchan__retire_lane(lane);
         } else return;
     }
 }
@@ -3018,7 +3113,7 @@ static void netchan__settle(void) {
 /* The dialling side has a session: everything that waits on its ends is told to the home. */
 static void netchan__end_up(netchan__peer *p, netchan *ch) {
     ch->home = p;
-    ch->credit = ch->data_sent = 0;
+    ch->credit = ch->in_flight = 0;
     ch->close_sent = false;
     netchan__queue *queues[2] = {&ch->lane.senders, &ch->receivers};
     netchan__pair_end(ch);
@@ -3027,6 +3122,7 @@ static void netchan__end_up(netchan__peer *p, netchan *ch) {
         for (netchan__waiter *w = queues[i]->head; w; w = next) {
             next = w->next;
             netchan__register(w);
+            if (!w->queue) next = queues[i]->head; /* its operation is over, and perhaps that was of the next as well */
         }
     }
 }
@@ -3069,11 +3165,9 @@ static void netchan__waiter_lost(netchan__waiter *w, uint64_t sent) {
 
 /* The dialling side has lost its session. The values that were sent within credit and never left are in the backlog again: unsent of them. */
 static void netchan__end_lost(netchan *ch, netchan__peer *p, size_t unsent) {
-    size_t missing = ch->lane.cap - ch->credit;
-    if (missing > ch->data_sent) missing = ch->data_sent;
-    if (ch->lane.cap && !p->has_all) p->unknown += missing > unsent ? missing - unsent : 0;
+    if (!p->has_all) p->unknown += ch->in_flight - unsent;
     ch->home = NULL;
-    ch->credit = 0;
+    ch->credit = ch->in_flight = 0;
     netchan__queue *queues[2] = {&ch->lane.senders, &ch->receivers};
     for (int i = 0; i < 2; i++) {
         for (bool again = true; again;) {
@@ -3093,8 +3187,9 @@ static void netchan__match_lost(netchan__match *m, netchan__peer *p) {
     if (!asked || asked->op || asked->peer != p) return; /* the one that is asked lives, and will answer */
     bool shipped = asked == m->receiver && (m->step == 3 || m->carried) && m->position <= p->sent;
     if (!shipped) { /* it has not got the value: as if it had declined */
-        if (m->step == 3) m->step = m->receiver_first ? 0 : 1;
-        netchan__fall_through(m);
+        bool both = m->step == 3;
+        if (both) m->step = m->receiver_first ? 0 : 1;
+        netchan__fall_through(m, both || m->step == 1);
         return;
     }
     p->unknown++;
@@ -3130,7 +3225,7 @@ static void netchan__home_lost(netchan__peer *p) {
         if (p->waiters.slots[i].key) ((netchan__waiter *)p->waiters.slots[i].item)->peer = NULL;
     netchan__map_free(&p->waiters);
     if (p->lane) {
-        p->lane->closing = true;
+        p->lane->closing = p->lane->orphaned = true;
         p->lane->lent = 0;
         p->lane->peer = NULL;
         netchan__lane_changed(p->lane);
@@ -3304,6 +3399,7 @@ static int netchan__prepare(netchan__waiter *w, netchan_case *c) {
     if (m.channels && w->ch->plain)
         return netchan__fail(NETCHAN_ETYPE, "the value holds a channel, and this channel leads to another process; send what the channel is for");
     w->size = m.wire;
+    w->memory = m.block;
     if (!w->ch->is_end) return netchan__copy_measured(&w->value, &c->value, &m);
     w->value = c->value;
     return NETCHAN_OK;
@@ -3412,6 +3508,8 @@ static int netchan__operate(netchan_case *cases, size_t count, int timeout_ms, n
         cases[i].result = NETCHAN_ETIMEDOUT;
         op.index = netchan__prepare(w, &cases[i]);
     }
+    for (size_t i = 0; i < count; i++) /* a link may be hung up meanwhile */
+        if (waiters[i].ch && waiters[i].ch->plain) netchan_retain(waiters[i].ch);
     int result = op.index;
     if (result == NETCHAN_OK) {
         pthread_mutex_init(&op.mutex, NULL);
@@ -3422,8 +3520,11 @@ static int netchan__operate(netchan_case *cases, size_t count, int timeout_ms, n
         result = op.index < 0 || op.result == NETCHAN_ENOMEM ? op.result : op.index;
         netchan__note(op.result, netchan_strerror(op.result));
     }
-    for (size_t i = 0; i < count; i++)
-        if (waiters[i].ch && !waiters[i].ch->is_end) netchan_clear(&waiters[i].value);
+    for (size_t i = 0; i < count; i++) {
+        if (!waiters[i].ch) continue;
+        if (!waiters[i].ch->is_end) netchan_clear(&waiters[i].value);
+        if (waiters[i].ch->plain) netchan_free(waiters[i].ch);
+    }
     if (result < 0 || op.index < 0) return result;
     netchan_case *c = &cases[op.index];
     c->result = op.result;
@@ -3553,11 +3654,7 @@ NETCHANDEF size_t netchan_len(netchan *ch) {
     if (!ch) return 0;
     pthread_mutex_t *lock = netchan__lock_channel(ch);
     size_t n = 0;
-    if (ch->is_end) {
-        size_t sent = ch->lane.cap - ch->credit;
-        if (ch->home && ch->lane.cap) n = sent < ch->data_sent ? sent : ch->data_sent;
-        n += ch->backlog_count;
-    }
+    if (ch->is_end) n = ch->in_flight + ch->backlog_count;
     for (netchan__lane *lane = ch->is_end ? NULL : ch->lanes; lane; lane = lane->next) n += lane->count + lane->out;
     netchan__give_back(lock);
     return n;
@@ -3603,7 +3700,6 @@ struct netchan__session {
     bool is_pending;
     void *owner;
     void (*on_news)(netchan__session *s, enum netchan__news news);
-    bool dials;
     bool hello_received, bye_sent, bye_received;
     netchan__buf out;      /* whole frames that were not given to the link */
     uint64_t queued;       /* position of the end of out */
@@ -3612,8 +3708,7 @@ struct netchan__session {
     uint64_t capacity;     /* HELLO, ours: the capacity we wish for (dialling) or grant */
     uint64_t their_capacity;
     int ping_ms;
-    uint64_t last_input, last_ping; /* nanoseconds */
-    uint64_t values_in, values_out;
+    uint64_t last_input, last_ping, last_tick; /* nanoseconds */
     char breach_text[96];
 };
 
@@ -3644,7 +3739,7 @@ static const char *netchan__frame_fields(unsigned type) {
     case NETCHAN__CLAIM: case NETCHAN__COMMIT: return "emfsv";
     case NETCHAN__RELEASE: return "em";
     case NETCHAN__ACCEPT: return "en";
-    case NETCHAN__CREDIT: return "cn";
+    case NETCHAN__CREDIT: return "cns";
     default: return NULL; /* HELLO, and what this version does not know */
     }
 }
@@ -3675,9 +3770,13 @@ static uint8_t *netchan__append_frame(netchan__session *s, const netchan__frame 
         p = netchan__varint_put(p, *netchan__frame_field(&f, *field));
     size_t length = (size_t)(p - head) + extra, total = netchan__varint_size(length) + length;
     NETCHAN_ASSERT(total <= NETCHAN__FRAME_MAX);
+    if (netchan__buf_size(&s->out) + total > s->peer.max_memory) {
+        netchan__breach(&s->peer, "it does not read what it is sent");
+        return NULL;
+    }
     uint8_t *to = netchan__buf_reserve(&s->out, total);
     if (!to) {
-        netchan__breach(&s->peer, NETCHAN_ENOMEM, "out of memory for what is to be sent to it");
+        netchan__breach(&s->peer, "out of memory for what is to be sent to it");
         return NULL;
     }
     to = netchan__varint_put(to, length);
@@ -3694,7 +3793,7 @@ static uint64_t netchan__queue_parcel(netchan__session *s, const netchan__frame 
     uint8_t *to = parcel ? netchan__buf_reserve(&parcel->bytes, (size_t)f->size) : NULL;
     if (!to) {
         NETCHAN_FREE(parcel);
-        netchan__breach(&s->peer, NETCHAN_ENOMEM, "out of memory for what is to be sent to it");
+        netchan__breach(&s->peer, "out of memory for what is to be sent to it");
         return UINT64_MAX;
     }
     netchan__write_value(to + f->size, &f->value);
@@ -3717,7 +3816,6 @@ static uint64_t netchan__session_emit(netchan__peer *p, const netchan__frame *f)
     if (!to) return UINT64_MAX;
     if (f->bytes && extra) memcpy(to, f->bytes, extra);
     else if (extra) netchan__write_value(to + extra, &f->value);
-    s->values_out += f->has_value || f->type == NETCHAN__DATA;
     return large ? netchan__queue_parcel(s, f) : s->queued;
 }
 
@@ -3747,14 +3845,6 @@ static void netchan__cut_fragment(netchan__session *s) {
     NETCHAN_FREE(parcel);
 }
 
-static void netchan__emit_number(netchan__session *s, unsigned type, uint64_t number) {
-    netchan__frame f;
-    memset(&f, 0, sizeof f);
-    f.type = type;
-    f.number = number;
-    s->peer.emit(&s->peer, &f);
-}
-
 static void netchan__emit_hello(netchan__session *s) {
     const netchan__peer *p = &s->peer;
     uint8_t body[128], *at = body;
@@ -3769,7 +3859,7 @@ static void netchan__emit_hello(netchan__session *s) {
     at = netchan__varint_put(at, s->capacity);
     uint8_t length = (uint8_t)(at - body); /* below 128: a varint of one byte */
     if (!netchan__buf_append(&s->out, &length, 1) || !netchan__buf_append(&s->out, body, length))
-        netchan__breach(&s->peer, NETCHAN_ENOMEM, "out of memory for what is to be sent to it");
+        netchan__breach(&s->peer, "out of memory for what is to be sent to it");
     s->queued += 1u + length;
     netchan__mark_pending(s);
 }
@@ -3777,7 +3867,7 @@ static void netchan__emit_hello(netchan__session *s) {
 /* No more frames will come from here. */
 static void netchan__emit_bye(netchan__session *s) {
     if (s->bye_sent) return;
-    netchan__emit_number(s, NETCHAN__BYE, 0);
+    netchan__emit_ids(&s->peer, NETCHAN__BYE, 0, 0, 0, 0, 0);
     s->bye_sent = true;
 }
 
@@ -3790,7 +3880,7 @@ static void netchan__on_hello(netchan__session *s, netchan__reader *r) {
     const uint8_t *magic = netchan__read_bytes(r, 7);
     uint64_t version = netchan__read_varint(r);
     if (!magic || memcmp(magic, "netchan", 7) || version != NETCHAN__WIRE_VERSION || s->hello_received) {
-        netchan__breach(p, NETCHAN_EPROTO, "it does not speak version 1 of the netchan protocol");
+        netchan__breach(p, "it does not speak version 1 of the netchan protocol");
         return;
     }
     const uint8_t *process = netchan__read_bytes(r, sizeof p->process);
@@ -3799,12 +3889,12 @@ static void netchan__on_hello(netchan__session *s, netchan__reader *r) {
     netchan__read_varint(r); /* ping_ms: each side looks after itself */
     s->their_capacity = netchan__read_varint(r);
     if (r->bad) {
-        netchan__breach(p, NETCHAN_EPROTO, "its greeting is not whole");
+        netchan__breach(p, "its greeting is not whole");
         return;
     }
     memcpy(p->process, process, sizeof p->process);
     p->their_message = netchan__clamp(max_message);
-    p->their_offers = netchan__clamp(max_memory) / 4;
+    p->their_memory = netchan__clamp(max_memory);
     s->hello_received = true;
     s->on_news(s, NETCHAN__NEWS_HELLO);
 }
@@ -3815,7 +3905,7 @@ static bool netchan__read_frame(netchan__session *s, netchan__frame *f, netchan_
     for (; *field && netchan__frame_field(f, *field); field++) *netchan__frame_field(f, *field) = netchan__read_varint(r);
     size_t left = netchan__left(r);
     if (r->bad) {
-        netchan__breach(&s->peer, NETCHAN_EPROTO, "it sent a frame that is cut off");
+        netchan__breach(&s->peer, "it sent a frame that is cut off");
         return false;
     }
     if (*field == 'b') {
@@ -3823,13 +3913,12 @@ static bool netchan__read_frame(netchan__session *s, netchan__frame *f, netchan_
         f->bytes = r->p;
     } else if (*field == 'v' && left) {
         if (f->type == NETCHAN__DATA) f->size = left;
-        int result = f->size != left ? NETCHAN_EPROTO : netchan_decode(&f->value, r->p, left, 0);
+        int result = f->size != left ? NETCHAN_EPROTO : netchan__decode(&f->value, r->p, left, 0, &f->memory);
         if (result != NETCHAN_OK) {
-            netchan__breach(&s->peer, result, result == NETCHAN_ENOMEM ? "out of memory for a value it sent" : "it sent a malformed value");
+            netchan__breach(&s->peer, result == NETCHAN_ENOMEM ? "out of memory for a value it sent" : "it sent a malformed value");
             return false;
         }
         f->has_value = true;
-        s->values_in++;
     }
     return true;
 }
@@ -3843,12 +3932,14 @@ static void netchan__on_frame(netchan__session *s, unsigned type, netchan__reade
         return;
     }
     if (!s->hello_received) {
-        netchan__breach(&s->peer, NETCHAN_EPROTO, "its first frame was no greeting");
+        netchan__breach(&s->peer, "its first frame was no greeting");
         return;
     }
     if (!netchan__frame_fields(type) || !netchan__read_frame(s, &f, r)) return;
     switch (type) {
-    case NETCHAN__PING: netchan__emit_number(s, NETCHAN__PONG, f.number); break;
+    case NETCHAN__PING:
+        if (netchan__buf_size(&s->out) < NETCHAN__STREAM_LOW) netchan__emit_ids(&s->peer, NETCHAN__PONG, 0, 0, 0, f.number, 0);
+        break;
     case NETCHAN__PONG: break;
     case NETCHAN__BYE:
         s->bye_received = true;
@@ -3873,7 +3964,7 @@ static size_t netchan__parse(netchan__session *s, const uint8_t *data, size_t si
         size_t head = r.bad ? 0 : (size_t)(r.p - (data + done));
         if (length == 0 || length > NETCHAN__FRAME_MAX - head) {
             snprintf(s->breach_text, sizeof s->breach_text, "it announced a frame of %llu bytes", (unsigned long long)length);
-            netchan__breach(&s->peer, NETCHAN_EPROTO, s->breach_text);
+            netchan__breach(&s->peer, s->breach_text);
             break;
         }
         if (length > netchan__left(&r)) break;
@@ -3889,7 +3980,7 @@ static void netchan__session_input(netchan__session *s, uint64_t now, const uint
     s->last_input = now;
     if (netchan__buf_size(&s->in)) {
         if (!netchan__buf_append(&s->in, data, size)) {
-            netchan__breach(&s->peer, NETCHAN_ENOMEM, "out of memory for what it sent");
+            netchan__breach(&s->peer, "out of memory for what it sent");
             return;
         }
         netchan__buf_consume(&s->in, netchan__parse(s, s->in.data + s->in.start, netchan__buf_size(&s->in)));
@@ -3897,15 +3988,15 @@ static void netchan__session_input(netchan__session *s, uint64_t now, const uint
     }
     size_t done = netchan__parse(s, data, size);
     if (done < size && !netchan__buf_append(&s->in, data + done, size - done))
-        netchan__breach(&s->peer, NETCHAN_ENOMEM, "out of memory for what it sent");
+        netchan__breach(&s->peer, "out of memory for what it sent");
 }
 
 /* The next whole frames for the link, at most one record. Returns their bytes, which stay valid until the next call; then call
  * netchan__session_sent(). 0: there is nothing to send. */
 static size_t netchan__session_output(netchan__session *s, const uint8_t **data) {
     while (s->parcels && netchan__buf_size(&s->out) < NETCHAN__STREAM_LOW && !s->peer.breach) netchan__cut_fragment(s);
-    const uint8_t *begin = s->out.data + s->out.start;
     size_t size = 0, left = netchan__buf_size(&s->out);
+    const uint8_t *begin = left ? s->out.data + s->out.start : NULL;
     while (size < left) {
         netchan__reader r = {begin + size, begin + left, false};
         size_t length = (size_t)netchan__read_varint(&r), total = (size_t)(r.p - (begin + size)) + length;
@@ -3929,13 +4020,15 @@ static bool netchan__session_idle(const netchan__session *s) {
 static uint64_t netchan__session_tick(netchan__session *s, uint64_t now) {
     uint64_t interval = (uint64_t)s->ping_ms * 1000000u;
     if (!s->hello_received) return now + interval; /* the handshake's deadline holds until then */
+    if (now > s->last_tick + 2 * interval) s->last_input = now; /* this process was stopped: first read what came meanwhile */
+    s->last_tick = now;
     if (now >= s->last_input + 3 * interval) {
-        snprintf(s->breach_text, sizeof s->breach_text, "nothing was heard from it for %d ms", 3 * s->ping_ms);
-        netchan__breach(&s->peer, NETCHAN_ENET, s->breach_text);
+        snprintf(s->breach_text, sizeof s->breach_text, "nothing was heard from it for %lld ms", 3LL * s->ping_ms);
+        netchan__breach(&s->peer, s->breach_text);
         return now + interval;
     }
     if (now >= s->last_input + interval && now >= s->last_ping + interval) {
-        netchan__emit_number(s, NETCHAN__PING, now / 1000);
+        netchan__emit_ids(&s->peer, NETCHAN__PING, 0, 0, 0, now / 1000, 0);
         s->last_ping = now;
     }
     uint64_t next = (s->last_input > s->last_ping ? s->last_input : s->last_ping) + interval;
@@ -3947,8 +4040,9 @@ static uint64_t netchan__session_tick(netchan__session *s, uint64_t now) {
 static size_t netchan__take_back(netchan__session *s, netchan *ch) {
     netchan__buf kept = {NULL, 0, 0, 0};
     size_t count = 0;
+    if (!ch->lane.cap || !netchan__buf_size(&s->out)) return 0;
     netchan__reader r = {s->out.data + s->out.start, s->out.data + s->out.end, false};
-    while (ch->lane.cap && netchan__left(&r)) {
+    while (netchan__left(&r)) {
         size_t length = (size_t)netchan__read_varint(&r);
         netchan__reader body = {r.p + 1, r.p + length, false};
         bool is_data = *r.p == NETCHAN__DATA && netchan__read_varint(&body) == ch->channel;
@@ -4090,7 +4184,7 @@ static int netchan__load_key(mbedtls_pk_context *key, const char *text) {
 
 /* A fresh P-256 key and a certificate that it signs itself. */
 static int netchan__make_cert(netchan__tls *t) {
-    uint8_t der[1024], serial[16];
+    uint8_t der[1024], serial[16] = {0};
     mbedtls_x509write_cert w;
     mbedtls_x509write_crt_init(&w);
     mbedtls_x509write_crt_set_version(&w, MBEDTLS_X509_CRT_VERSION_3);
@@ -4265,7 +4359,8 @@ static int netchan__stream_read(netchan__stream *s, uint8_t *data, size_t size) 
     for (;;) {
         int n = mbedtls_ssl_read(&s->ssl, data, size);
         if (n == 0) return MBEDTLS_ERR_SSL_PEER_CLOSE_NOTIFY;
-        if (n != MBEDTLS_ERR_SSL_RECEIVED_NEW_SESSION_TICKET && n != MBEDTLS_ERR_SSL_WANT_WRITE) return n;
+        bool again = n == MBEDTLS_ERR_SSL_RECEIVED_NEW_SESSION_TICKET || n == MBEDTLS_ERR_SSL_WANT_WRITE;
+        if (!again && !(n == MBEDTLS_ERR_SSL_WANT_READ && s->in_left)) return n;
     }
 }
 
@@ -4472,6 +4567,8 @@ enum {
     NETCHAN__CIPHER_HIGH = 4 * 16384,  /* encrypted bytes that may wait for a socket */
     NETCHAN__HANDSHAKES_MAX = 256,     /* strangers at a time, for each listener */
     NETCHAN__HANDSHAKE_MS = 10000,
+    NETCHAN__ACCEPT_PAUSE_MS = 100, /* when there are no descriptors left */
+    NETCHAN__CHECK_MS = 500,
     NETCHAN__BACKOFF_MIN_MS = 50,
     NETCHAN__BACKOFF_MAX_MS = 5000,
     NETCHAN__EVENTS_MAX = 64,
@@ -4510,11 +4607,13 @@ struct netchan__endpoint {
     netchan__session *session; /* dialling: the one that is up */
     netchan__conn *conn;       /* dialling: I/O thread */
     uint64_t next_dial;        /* nanoseconds */
+    uint64_t next_accept;      /* likewise; 0: at any time */
     unsigned failures;         /* in a row */
     bool was_up;
     int failure;               /* dialling: why the first connection is given up */
     char failure_text[320];    /* the last reason why there was no connection */
     size_t strangers, peers;   /* connections before and after the greeting */
+    size_t orphans;            /* lanes of lost peers, whose values nobody has received yet */
     bool hanging_up, stopping, gone;
     size_t events_dropped;
     uint64_t unknown;
@@ -4536,6 +4635,7 @@ static struct netchan__io_state {
     netchan__endpoint *endpoints;
     netchan__conn *conns; /* I/O thread */
     uint64_t next_tick;   /* when to look at all deadlines again */
+    uint64_t next_check;  /* when to look at all claims again */
     netchan__log_line *logs, *last_log;
     int wake_read;
     bool stop;
@@ -4611,7 +4711,7 @@ static void netchan__event(netchan__endpoint *e, netchan_entry *entries, size_t 
         e->events_dropped = 1 + (size_t)netchan_as_uint(netchan_get(&oldest.value, "dropped"), 0);
         netchan_clear(&oldest.value);
     }
-    netchan__lane_push(lane, &event, 0);
+    netchan__lane_push(lane, &event, 0, 0);
     netchan__lane_changed(lane);
 }
 
@@ -4629,8 +4729,10 @@ static void netchan__peer_event(netchan__endpoint *e, const char *name, uint64_t
 
 /* netchan__net.on_drained */
 static void netchan__lane_drained(netchan__lane *lane) {
-    netchan__endpoint *e = (netchan__endpoint *)lane->owner;
-    netchan__peer_event(e, "closed", lane->peer_number, NULL, NULL, NULL, netchan__nil_value);
+    netchan__endpoint *e = (netchan__endpoint *)lane->endpoint;
+    if (!e) return;
+    e->orphans -= lane->orphaned;
+    if (lane->closed_by_peer) netchan__peer_event(e, "closed", lane->peer_number, NULL, NULL, NULL, netchan__nil_value);
 }
 
 /* ---- Sessions of connections. Caller holds netchan__net_lock. ---- */
@@ -4641,14 +4743,14 @@ static void netchan__bind_listener(netchan__conn *c) {
     netchan__session *s = c->session;
     netchan__lane *lane = (netchan__lane *)netchan__alloc(sizeof *lane);
     if (!lane) {
-        netchan__breach(&s->peer, NETCHAN_ENOMEM, "out of memory for a new peer");
+        netchan__breach(&s->peer, "out of memory for a new peer");
         return;
     }
     s->capacity = netchan__clamp(s->their_capacity);
     netchan__lane_init(lane, e->link.recv, (size_t)s->capacity);
     lane->peer = &s->peer;
     lane->peer_number = s->peer.number;
-    lane->owner = e;
+    lane->endpoint = e;
     lane->next = e->link.recv->lanes;
     if (lane->next) lane->next->prev = lane;
     e->link.recv->lanes = lane;
@@ -4657,7 +4759,7 @@ static void netchan__bind_listener(netchan__conn *c) {
     netchan__emit_hello(s);
     netchan__link_peer(&s->peer);
     netchan__lend(lane);
-    if (s->peer.work->closed) netchan__emit_channel(&s->peer, NETCHAN__CLOSED, 1, 0);
+    if (s->peer.work->closed) netchan__emit_ids(&s->peer, NETCHAN__CLOSED, 1, 0, 0, 0, 0);
 }
 
 static void netchan__bind_dialler(netchan__conn *c) {
@@ -4681,6 +4783,8 @@ static void netchan__on_news(netchan__session *s, enum netchan__news news) {
     if (news == NETCHAN__NEWS_BYE) {
         netchan__emit_bye(s);
         c->ended = true;
+        c->deadline = netchan__now_ns() + NETCHAN__HANDSHAKE_MS * (uint64_t)1000000; /* for what is still to be sent */
+        netchan__io.next_tick = 0;
         snprintf(c->reason, sizeof c->reason, "it hung up");
         return;
     }
@@ -4692,6 +4796,7 @@ static void netchan__on_news(netchan__session *s, enum netchan__news news) {
     e->peers++;
     netchan__peer_event(e, "up", s->peer.number, c->address, NULL, "listening", netchan_bool(!e->dials));
     netchan__log(e, 2, "%s: connected with %s", e->address, c->address);
+    netchan__io.next_tick = 0; /* its heartbeat begins */
     pthread_cond_broadcast(&e->changed);
 }
 
@@ -4708,9 +4813,9 @@ static bool netchan__start_session(netchan__conn *c) {
     s->peer.no_redelivery = e->options.no_redelivery;
     s->owner = c;
     s->on_news = netchan__on_news;
-    s->dials = e->dials;
     s->ping_ms = e->options.ping_ms;
-    s->last_input = s->last_ping = netchan__now_ns();
+    s->peer.patience = 6 * (uint64_t)e->options.ping_ms * 1000000u;
+    s->last_input = s->last_ping = s->last_tick = netchan__now_ns();
     c->session = s;
     c->state = NETCHAN__GREETING;
     if (e->dials) {
@@ -4721,6 +4826,7 @@ static bool netchan__start_session(netchan__conn *c) {
 }
 
 static void netchan__schedule_dial(netchan__endpoint *e, uint64_t now) {
+    netchan__io.next_tick = 0;
     if (++e->which < e->address_count) return; /* the next address at once */
     e->which = 0;
     uint64_t wait = (uint64_t)NETCHAN__BACKOFF_MIN_MS << (e->failures < 7 ? e->failures : 7);
@@ -4728,7 +4834,6 @@ static void netchan__schedule_dial(netchan__endpoint *e, uint64_t now) {
     e->failures++;
     wait = wait * 1000000u;
     e->next_dial = now + wait / 2 + netchan__random() % wait; /* jitter keeps many diallers from coming at once */
-    netchan__io.next_tick = 0;
 }
 
 /* The connection is over; reason is the end of a sentence about the other side. fatal: trying again is no use. */
@@ -4737,6 +4842,7 @@ static void netchan__close_conn(netchan__conn *c, const char *reason, bool fatal
     bool was_up = c->state == NETCHAN__UP;
     uint64_t unknown = 0, number = c->session ? c->session->peer.number : 0;
     if (c->session) {
+        e->orphans += c->session->peer.lane != NULL;
         unknown = netchan__session_lost(c->session);
         netchan__session_free(c->session);
     }
@@ -4744,14 +4850,14 @@ static void netchan__close_conn(netchan__conn *c, const char *reason, bool fatal
     if (was_up) {
         e->peers--;
         netchan__peer_event(e, "down", number, c->address, reason, "unknown", netchan_uint(unknown));
-        netchan__log(e, 1, "%s: lost %s: %s", e->address, c->address, reason);
+        netchan__log(e, c->ended ? 2 : 1, "%s: lost %s: %s", e->address, c->address, reason);
     } else {
         e->strangers--;
         if (!e->dials && !e->stopping) netchan__peer_event(e, "rejected", 0, c->address, reason, NULL, netchan__nil_value);
         netchan__log(e, e->dials ? 1 : 0, "%s: no connection with %s: %s", e->address, c->address, reason);
     }
     if (e->dials) {
-        snprintf(e->failure_text, sizeof e->failure_text, "%s: %s", c->address, reason);
+        snprintf(e->failure_text, sizeof e->failure_text, "%s", reason);
         e->session = NULL;
         e->conn = NULL;
         if (fatal && !e->was_up) e->failure = NETCHAN_EAUTH;
@@ -4814,9 +4920,16 @@ static void netchan__accept_all(netchan__endpoint *e) {
         netchan__address a;
         a.size = sizeof a.storage;
         int fd = accept(e->fd, (struct sockaddr *)(void *)&a.storage, &a.size);
-        if (fd < 0) return;
+        if (fd < 0) {
+            bool out_of_means = errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM;
+            if (!out_of_means) return;
+            netchan__log(e, 0, "%s: cannot accept: %s", e->address, strerror(errno));
+            e->next_accept = netchan__now_ns() + NETCHAN__ACCEPT_PAUSE_MS * (uint64_t)1000000;
+            netchan__io.next_tick = 0;
+            return;
+        }
         const char *full = e->strangers >= NETCHAN__HANDSHAKES_MAX       ? "too many strangers at once"
-                           : e->strangers + e->peers >= e->options.max_peers ? "there are max_peers already"
+                           : e->strangers + e->peers + e->orphans >= e->options.max_peers ? "there are max_peers already"
                            : !netchan__prepare_fd(fd)                    ? "its socket cannot be used"
                                                                          : NULL;
         if (full) {
@@ -4932,7 +5045,11 @@ static void netchan__tick_conn(netchan__conn *c, uint64_t now) {
         netchan__close_conn(c, "this side hung up", false);
         return;
     }
-    if (c->state == NETCHAN__UP) next = netchan__session_tick(c->session, now);
+    if (c->ended && now >= c->deadline) {
+        netchan__close_conn(c, c->reason, false);
+        return;
+    }
+    if (c->state == NETCHAN__UP && !c->ended) next = netchan__session_tick(c->session, now);
     else if (now >= c->deadline) {
         netchan__close_conn(c, c->state == NETCHAN__CONNECTING ? "it did not answer in time" : "it did not finish the handshake in time", false);
         return;
@@ -4944,19 +5061,28 @@ static void netchan__tick_conn(netchan__conn *c, uint64_t now) {
 /* Looks at every deadline, and at endpoints that start or stop. */
 static void netchan__tick(uint64_t now) {
     netchan__io.next_tick = UINT64_MAX;
+    netchan__net.breached = false;
+    if (now >= netchan__io.next_check) {
+        netchan__check_claims(now);
+        netchan__io.next_check = now + NETCHAN__CHECK_MS * (uint64_t)1000000;
+    }
     netchan__conn *next_conn;
     for (netchan__conn *c = netchan__io.conns; c; c = next_conn) {
         next_conn = c->next;
         netchan__tick_conn(c, now);
     }
     for (netchan__endpoint **at = &netchan__io.endpoints, *e = *at; e; e = *at) {
-        if (e->stopping && !e->strangers && !e->peers) {
+        if (e->stopping && !e->strangers && !e->peers && netchan__io.logs) {
+            netchan__io.next_tick = 0; /* its log is written first */
+        } else if (e->stopping && !e->strangers && !e->peers) {
             *at = e->next;
             e->gone = true;
             pthread_cond_broadcast(&e->changed);
             continue;
         }
         at = &e->next;
+        if (e->next_accept && now >= e->next_accept) e->next_accept = 0;
+        if (e->next_accept && e->next_accept < netchan__io.next_tick) netchan__io.next_tick = e->next_accept;
         if (!e->dials || e->stopping || e->conn || e->failure) continue;
         if (now >= e->next_dial) netchan__dial_now(e, now);
         else if (e->next_dial < netchan__io.next_tick) netchan__io.next_tick = e->next_dial;
@@ -5003,10 +5129,11 @@ static size_t netchan__collect_polls(void) {
     if (!netchan__poll_room(count)) count = netchan__io.poll_room;
     netchan__poll_add(n++, netchan__io.wake_read, POLLIN, NULL, NULL);
     for (netchan__endpoint *e = netchan__io.endpoints; e && n < count; e = e->next)
-        if (!e->dials && !e->stopping && !e->hanging_up) netchan__poll_add(n++, e->fd, POLLIN, NULL, e);
+        if (!e->dials && !e->stopping && !e->hanging_up && !e->next_accept) netchan__poll_add(n++, e->fd, POLLIN, NULL, e);
     for (netchan__conn *c = netchan__io.conns; c && n < count; c = c->next) {
         bool writes = c->state == NETCHAN__CONNECTING || netchan__buf_size(&c->stream.out);
-        netchan__poll_add(n++, c->fd, (short)((c->state == NETCHAN__CONNECTING ? 0 : POLLIN) | (writes ? POLLOUT : 0)), c, NULL);
+        bool reads = c->state != NETCHAN__CONNECTING && !c->ended;
+        netchan__poll_add(n++, c->fd, (short)((reads ? POLLIN : 0) | (writes ? POLLOUT : 0)), c, NULL);
     }
     return n;
 }
@@ -5032,9 +5159,11 @@ static void *netchan__io_main(void *arg) {
     pthread_mutex_lock(&netchan__net_lock);
     while (!netchan__io.stop) {
         uint64_t now = netchan__now_ns();
-        if (now >= netchan__io.next_tick) netchan__tick(now);
+        if (now >= netchan__io.next_tick || netchan__net.breached) netchan__tick(now);
         netchan__settle();
         netchan__send_pending();
+        for (netchan__endpoint *e = netchan__io.endpoints; e; e = e->next)
+            if (e->hanging_up) pthread_cond_broadcast(&e->changed); /* what it waits for may have been sent */
         netchan__write_logs();
         if (netchan__pending || netchan__io.stop || netchan__io.next_tick == 0) continue;
         size_t count = netchan__collect_polls();
@@ -5071,15 +5200,17 @@ static int netchan__io_start(void) {
         netchan__io.links--;
         return netchan__fail(NETCHAN_ENET, "no pipe could be made: %s", strerror(errno));
     }
-    netchan__prepare_fd(fds[0]);
-    netchan__prepare_fd(fds[1]);
     netchan__net.wake_fd = fds[1];
     netchan__net.on_drained = netchan__lane_drained;
     netchan__io.wake_read = fds[0];
     netchan__io.stop = false;
     netchan__io.next_tick = 0;
-    bool ready = netchan__poll_room(16);
-    sigfillset(&all); /* signals are the program's, not this thread's */
+    bool ready = netchan__prepare_fd(fds[0]) && netchan__prepare_fd(fds[1]) && netchan__poll_room(16);
+    sigfillset(&all); /* signals are the program's, not this thread's; but for those that a fault of its own raises */
+    sigdelset(&all, SIGSEGV);
+    sigdelset(&all, SIGBUS);
+    sigdelset(&all, SIGFPE);
+    sigdelset(&all, SIGILL);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     int e = ready ? pthread_create(&netchan__io.thread, NULL, netchan__io_main, NULL) : ENOMEM;
     pthread_sigmask(SIG_SETMASK, &before, NULL);
@@ -5154,6 +5285,16 @@ static netchan *netchan__make_link_channel(size_t capacity, bool sends) {
     return ch;
 }
 
+/* Caller holds netchan__tls_lock; the first link waits for this, so that nobody reads while it is written. */
+static int netchan__name_process(void) {
+    static bool named;
+    if (!named && (psa_generate_random(netchan__net.process, sizeof netchan__net.process) != PSA_SUCCESS ||
+                   psa_generate_random((uint8_t *)&netchan__map_seed, sizeof netchan__map_seed) != PSA_SUCCESS))
+        return netchan__fail(NETCHAN_ENET, "the system gives no randomness");
+    named = true;
+    return NETCHAN_OK;
+}
+
 static void netchan__free_endpoint(netchan__endpoint *e) {
     netchan_free(e->link.send);
     netchan_free(e->link.recv);
@@ -5198,7 +5339,7 @@ static netchan__endpoint *netchan__make_endpoint(const netchan_options *options,
     if (result == NETCHAN_OK) {
         pthread_mutex_lock(&netchan__tls_lock);
         result = netchan__tls_make(&e->tls, &e->options, dials);
-        if (result == NETCHAN_OK && !netchan__net.process[0]) psa_generate_random(netchan__net.process, sizeof netchan__net.process);
+        if (result == NETCHAN_OK) result = netchan__name_process();
         pthread_mutex_unlock(&netchan__tls_lock);
     }
     if (result == NETCHAN_OK) result = netchan__make_channels(e);
@@ -5306,18 +5447,15 @@ static bool netchan__drained(netchan__endpoint *e) {
 }
 
 /* Waits until everything is delivered or the time is up. */
-static bool netchan__drain(netchan__endpoint *e) {
+static void netchan__drain(netchan__endpoint *e) {
     uint64_t deadline = netchan__deadline(e->options.linger_ms);
-    bool in_time = true, drained = false;
-    while (!(drained = netchan__drained(e)) && in_time) {
-        netchan__give_back(&netchan__net_lock); /* with what the farewells need */
-        pthread_mutex_lock(&netchan__net_lock);
-        if ((drained = netchan__drained(e))) break;
-        uint64_t look = netchan__now_ns() + 10000000u; /* the session's own progress is not signalled */
-        bool short_wait = look < deadline;
-        in_time = netchan__cond_wait(&e->changed, &netchan__net_lock, short_wait ? look : deadline) || short_wait;
+    bool in_time = true;
+    while (!netchan__drained(e) && in_time) {
+        if (netchan__net.wake) { /* the farewells want to leave */
+            netchan__give_back(&netchan__net_lock);
+            pthread_mutex_lock(&netchan__net_lock);
+        } else in_time = netchan__cond_wait(&e->changed, &netchan__net_lock, deadline);
     }
-    return drained;
 }
 
 NETCHANDEF int netchan_hangup(netchan_link *link, netchan_report *report) {
@@ -5327,19 +5465,26 @@ NETCHANDEF int netchan_hangup(netchan_link *link, netchan_report *report) {
     e->hanging_up = true;
     netchan__wake_io(); /* no new peers */
     netchan__drain(e);
-    netchan_report r = {e->link.send->backlog_count, 0};
-    if (!e->dials) r.undelivered = e->link.send->lane.count;
     netchan__shut(e->link.send);
     netchan__shut(e->link.recv);
     netchan__give_back(&netchan__net_lock);
     netchan__stop_endpoint(e);
     pthread_mutex_lock(&netchan__net_lock);
     netchan__shut(e->link.events);
-    for (netchan__lane *lane; (lane = e->link.recv->is_merge ? e->link.recv->lanes : NULL);) {
+    netchan__lane *next;
+    for (netchan__lane *lane = e->dials ? NULL : e->link.recv->lanes; lane; lane = next) {
+        next = lane->next;
+        lane->endpoint = NULL;
         netchan__lane_clear(lane);
-        netchan__retire_lane(lane);
+        netchan__retire_lane(lane); /* one that is still being matched goes when that is over */
     }
-    r.unknown = (size_t)e->unknown;
+    netchan_report r = {e->link.send->backlog_count, (size_t)e->unknown};
+    netchan__lane *left = &e->link.send->lane; /* the listener's buffer; at an end it is empty */
+    for (size_t i = 0; i < left->count; i++) {
+        bool redelivered = left->slots[(left->first + i) & (left->room - 1)].redelivered;
+        if (redelivered) r.unknown++;
+        else r.undelivered++;
+    }
     netchan__give_back(&netchan__net_lock);
     if (report) *report = r;
     netchan__free_endpoint(e);

@@ -13,6 +13,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 static void fail(const char *why) {
     fprintf(stderr, "netcat: %s\n", why);
@@ -48,9 +49,10 @@ static void listening(netchan_link *link) {
 
 static void dialling(netchan_link *link) {
     static char data[65536];
-    size_t size;
-    while ((size = fread(data, 1, sizeof data, stdin)) > 0) step(link, netchan_case_send(link->send, netchan_bytes(data, size)));
-    if (ferror(stdin)) fail("cannot read");
+    ssize_t size;
+    while ((size = read(STDIN_FILENO, data, sizeof data)) > 0)
+        step(link, netchan_case_send(link->send, netchan_bytes(data, (size_t)size)));
+    if (size < 0) fail("cannot read");
     step(link, netchan_case_send(link->send, netchan_nil()));
 }
 

@@ -21,6 +21,15 @@ expect() {
 	status=$?
 	[ "$status" -eq "$1" ] || fail "$2 ended with $status instead of $1. $(cat "$dir/$2" 2>/dev/null)"
 }
+# too_late FILE...: they were done before the kill. Once more, with all of them twice.
+too_late() {
+	run=${DEMO_RUN:-1}
+	[ "$run" -lt 4 ] || fail "no worker was killed in the middle"
+	echo "demo: that was too fast to kill a worker in the middle; again with all files twice"
+	wait
+	stop
+	DEMO_RUN=$((run + 1)) exec "$0" "$@" "$@"
+}
 field() { sed -n "\$s/.*$1=\\([0-9]*\\).*/\\1/p" "$dir/result"; }
 
 [ $# -gt 0 ] || fail "no files"
@@ -56,8 +65,7 @@ while read -r line <&4; do
 	case $percent$workers in *[!0-9]* | '') fail "$line" ;; esac
 	if [ -t 1 ]; then printf '\r%s  ' "$line"; elif [ $((percent % 10)) -eq 0 ]; then echo "$line"; fi
 	if [ "$killed" -eq 0 ] && [ "$percent" -ge 34 ] && [ "$workers" -eq 3 ]; then
-		kill -9 "$worker2" || fail "there was no worker to kill"
-		killed=1
+		kill -9 "$worker2" && killed=1
 	fi
 	if [ "$killed" -eq 1 ] && [ "$percent" -lt 100 ] && [ "$workers" -eq 2 ]; then noticed=1; fi
 done
@@ -65,12 +73,12 @@ if [ -t 1 ]; then echo; fi
 cat <&3 >"$dir/result"
 
 expect 0 boss "$boss"
+[ "$noticed" -eq 1 ] || too_late "$@"
 expect 0 worker1 "$worker1"
 expect 137 worker2 "$worker2"
 expect 0 worker3 "$worker3"
 pids=
 cat "$dir/result"
-[ "$noticed" -eq 1 ] || fail "no worker was killed in the middle"
 [ "$(field lines)" = "$lines" ] || fail "wc counts $lines lines"
 [ "$(field words)" = "$words" ] || fail "wc counts $words words"
 echo "demo: files=$# lines=$lines words=$words workers=3 killed=$killed lost=$((words - $(field words)))" \

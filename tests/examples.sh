@@ -146,7 +146,7 @@ check "netcat dial: the listener was killed" ended 1 "$dialler"
 printf 'one two\nthree' >"$dir/open"
 printf ' \n\t\v\f\r\n' >"$dir/blank"
 printf 'a\000b \377c\r\n\177d\001 e\000 f' >"$dir/bytes"
-cat netchan.h examples/*.c >"$dir/source"
+cat "${0%/*}"/../netchan.h "${0%/*}"/../examples/*.c >"$dir/source"
 set -- "$dir/seq" "$dir/open" "$dir/blank" "$dir/bytes" "$dir/empty" "$dir/source"
 pipe says
 $limit "$bin/pool" boss 127.0.0.1:0 "$@" >"$dir/says" 2>"$dir/stderr" &
