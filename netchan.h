@@ -1592,6 +1592,7 @@ struct netchan__waiter {
     bool here;             /* the value is at home, and so the home's to match */
     bool withdrawn;        /* goes when its match falls through */
     bool lost;             /* its process is gone */
+    bool held;             /* the call holds the channel */
     /* A claim on this waiter by a match at its home. */
     netchan__waiter *next_claim; /* in the queue of its operation */
     uint64_t claim;              /* the match; 0: none */
@@ -1618,6 +1619,7 @@ struct netchan__op {
     netchan_value value;
     uint64_t peer;
     bool redelivered;
+    netchan__op *next_to_wake;
     pthread_mutex_t mutex; /* guards finished */
     pthread_cond_t cond;
     bool finished;
@@ -1920,7 +1922,10 @@ static void netchan__next_turn(netchan__lane *lane) {
 static void netchan__withdraw_others(netchan__op *op, const netchan__waiter *w);
 static void netchan__unregister(netchan__waiter *w);
 
-/* The operation is over: case w happened, or none. Its outcome besides index and result was written before. */
+static NETCHAN__THREAD_LOCAL netchan__op *netchan__to_wake;
+
+/* The operation is over: case w happened, or none. Its outcome besides index and result was written before. Its thread is woken by
+ * netchan__wake_finished(). */
 static void netchan__finish(netchan__op *op, netchan__waiter *w, int result) {
     op->index = w ? (int)w->index : -1;
     op->result = result;
@@ -1930,11 +1935,20 @@ static void netchan__finish(netchan__op *op, netchan__waiter *w, int result) {
         if (w) netchan__dequeue(w);
         if (w) netchan__unregister(w);
     }
-    pthread_mutex_lock(&op->mutex);
-    op->finished = true;
-    pthread_cond_signal(&op->cond);
-    pthread_mutex_unlock(&op->mutex);
-    /* The operation is on the stack of another thread and may be gone now. */
+    op->next_to_wake = netchan__to_wake;
+    netchan__to_wake = op;
+}
+
+/* Wakes the threads of the operations that this thread has finished. Caller has given back all locks: who wakes may free the channel. */
+static void netchan__wake_finished(void) {
+    while (netchan__to_wake) {
+        netchan__op *op = netchan__to_wake;
+        netchan__to_wake = op->next_to_wake;
+        pthread_mutex_lock(&op->mutex);
+        op->finished = true;
+        pthread_cond_signal(&op->cond);
+        pthread_mutex_unlock(&op->mutex); /* the operation is on the stack of its thread, and gone now */
+    }
 }
 
 /* A local receive gets the value. */
@@ -3256,6 +3270,11 @@ static void netchan__give_back(pthread_mutex_t *lock) {
     pthread_mutex_unlock(lock);
 }
 
+static void netchan__unlock_one(pthread_mutex_t *lock) {
+    netchan__give_back(lock);
+    netchan__wake_finished();
+}
+
 static pthread_mutex_t *netchan__lock_channel(netchan *ch) {
     for (;;) {
         pthread_mutex_t *lock = netchan__lock_of(ch);
@@ -3316,6 +3335,7 @@ static bool netchan__collect_locks(const netchan__op *op, netchan__locks *locks)
 
 static void netchan__unlock_all(netchan__locks *locks) {
     while (locks->count) netchan__give_back(locks->items[--locks->count]);
+    netchan__wake_finished();
 }
 
 static void netchan__lock_all(netchan__op *op, netchan__locks *locks) {
@@ -3401,7 +3421,8 @@ static int netchan__prepare(netchan__waiter *w, netchan_case *c) {
     w->size = m.wire;
     w->memory = m.block;
     if (!w->ch->is_end) return netchan__copy_measured(&w->value, &c->value, &m);
-    w->value = c->value;
+    w->value = c->value; /* which outlives the call */
+    w->value.flags = 0;
     return NETCHAN_OK;
 }
 
@@ -3473,7 +3494,7 @@ static void netchan__run(netchan__op *op, netchan__locks *locks, int timeout_ms)
     netchan__lock_all(op, locks);
     netchan__begin(op);
     if (timeout_ms == 0 && netchan__state(op) == NETCHAN__OPEN && !op->tries) netchan__expire(op);
-    bool over = op->finished; /* nobody else could have finished it since the locks were taken */
+    bool over = netchan__state(op) == NETCHAN__DONE; /* by this thread: it has had the locks all the time */
     if (over) netchan__leave_queues(op);
     netchan__unlock_all(locks);
     if (over) return;
@@ -3482,7 +3503,7 @@ static void netchan__run(netchan__op *op, netchan__locks *locks, int timeout_ms)
         netchan__expire(op);
         netchan__unlock_all(locks);
         netchan__sleep(op, UINT64_MAX);
-    } else if (op->count == 1) return; /* who finished it took its waiter out */
+    } else if (op->count == 1) return; /* who finished it took its waiter out, and may have freed the channel */
     netchan__lock_all(op, locks);
     netchan__leave_queues(op);
     netchan__unlock_all(locks);
@@ -3508,8 +3529,10 @@ static int netchan__operate(netchan_case *cases, size_t count, int timeout_ms, n
         cases[i].result = NETCHAN_ETIMEDOUT;
         op.index = netchan__prepare(w, &cases[i]);
     }
-    for (size_t i = 0; i < count; i++) /* a link may be hung up meanwhile */
-        if (waiters[i].ch && waiters[i].ch->plain) netchan_retain(waiters[i].ch);
+    for (size_t i = 0; i < count; i++) { /* who serves one case may free its channel then, or hang up its link, before this call has left */
+        waiters[i].held = waiters[i].ch && (count > 1 || timeout_ms > 0 || waiters[i].ch->plain);
+        if (waiters[i].held) netchan_retain(waiters[i].ch);
+    }
     int result = op.index;
     if (result == NETCHAN_OK) {
         pthread_mutex_init(&op.mutex, NULL);
@@ -3521,9 +3544,8 @@ static int netchan__operate(netchan_case *cases, size_t count, int timeout_ms, n
         netchan__note(op.result, netchan_strerror(op.result));
     }
     for (size_t i = 0; i < count; i++) {
-        if (!waiters[i].ch) continue;
-        if (!waiters[i].ch->is_end) netchan_clear(&waiters[i].value);
-        if (waiters[i].ch->plain) netchan_free(waiters[i].ch);
+        netchan_clear(&waiters[i].value);
+        if (waiters[i].held) netchan_free(waiters[i].ch);
     }
     if (result < 0 || op.index < 0) return result;
     netchan_case *c = &cases[op.index];
@@ -3646,7 +3668,7 @@ NETCHANDEF int netchan_close(netchan *ch) {
             netchan__pair(ch);
         }
     }
-    netchan__give_back(lock);
+    netchan__unlock_one(lock);
     return netchan__note(result, "netchan_close: the channel was closed before");
 }
 
@@ -3656,7 +3678,7 @@ NETCHANDEF size_t netchan_len(netchan *ch) {
     size_t n = 0;
     if (ch->is_end) n = ch->in_flight + ch->backlog_count;
     for (netchan__lane *lane = ch->is_end ? NULL : ch->lanes; lane; lane = lane->next) n += lane->count + lane->out;
-    netchan__give_back(lock);
+    netchan__unlock_one(lock);
     return n;
 }
 
@@ -3665,7 +3687,7 @@ NETCHANDEF size_t netchan_cap(netchan *ch) {
     pthread_mutex_t *lock = netchan__lock_channel(ch);
     size_t n = ch->is_end ? ch->lane.cap : 0;
     for (netchan__lane *lane = ch->is_end ? NULL : ch->lanes; lane; lane = lane->next) n += lane->cap;
-    netchan__give_back(lock);
+    netchan__unlock_one(lock);
     return n;
 }
 
@@ -4657,6 +4679,7 @@ static void netchan__io_unlock(void) {
     netchan__settle();
     netchan__net.wake = false; /* this is the thread that would be woken */
     pthread_mutex_unlock(&netchan__net_lock);
+    netchan__wake_finished();
 }
 
 /* ---- Events and the log. Caller holds netchan__net_lock. ---- */
@@ -5232,7 +5255,7 @@ static void netchan__io_stop(void) {
     pthread_mutex_lock(&netchan__net_lock);
     netchan__io.stop = true;
     netchan__wake_io();
-    netchan__give_back(&netchan__net_lock);
+    netchan__unlock_one(&netchan__net_lock);
     pthread_join(netchan__io.thread, NULL);
     close(netchan__io.wake_read);
     close(netchan__net.wake_fd);
@@ -5357,7 +5380,7 @@ static int netchan__start_endpoint(netchan__endpoint *e) {
         e->next = netchan__io.endpoints;
         netchan__io.endpoints = e;
         netchan__wake_io();
-        netchan__give_back(&netchan__net_lock);
+        netchan__unlock_one(&netchan__net_lock);
     }
     pthread_mutex_unlock(&netchan__control_lock);
     return result;
@@ -5368,7 +5391,7 @@ static void netchan__stop_endpoint(netchan__endpoint *e) {
     pthread_mutex_lock(&netchan__net_lock);
     e->stopping = true;
     netchan__wake_io();
-    netchan__give_back(&netchan__net_lock);
+    netchan__unlock_one(&netchan__net_lock);
     pthread_mutex_lock(&netchan__net_lock);
     while (!e->gone) pthread_cond_wait(&e->changed, &netchan__net_lock);
     pthread_mutex_unlock(&netchan__net_lock);
@@ -5399,7 +5422,7 @@ static int netchan__wait_up(netchan__endpoint *e) {
     else if (result == NETCHAN_ETIMEDOUT)
         netchan__fail(result, "netchan_dial(\"%.200s\"): no connection within %d ms; is a listener there? Last failure: %.250s", e->address,
                       e->options.connect_ms, e->failure_text[0] ? e->failure_text : "no answer");
-    netchan__give_back(&netchan__net_lock);
+    netchan__unlock_one(&netchan__net_lock);
     return result;
 }
 
@@ -5452,7 +5475,7 @@ static void netchan__drain(netchan__endpoint *e) {
     bool in_time = true;
     while (!netchan__drained(e) && in_time) {
         if (netchan__net.wake) { /* the farewells want to leave */
-            netchan__give_back(&netchan__net_lock);
+            netchan__unlock_one(&netchan__net_lock);
             pthread_mutex_lock(&netchan__net_lock);
         } else in_time = netchan__cond_wait(&e->changed, &netchan__net_lock, deadline);
     }
@@ -5467,7 +5490,7 @@ NETCHANDEF int netchan_hangup(netchan_link *link, netchan_report *report) {
     netchan__drain(e);
     netchan__shut(e->link.send);
     netchan__shut(e->link.recv);
-    netchan__give_back(&netchan__net_lock);
+    netchan__unlock_one(&netchan__net_lock);
     netchan__stop_endpoint(e);
     pthread_mutex_lock(&netchan__net_lock);
     netchan__shut(e->link.events);
@@ -5485,7 +5508,7 @@ NETCHANDEF int netchan_hangup(netchan_link *link, netchan_report *report) {
         if (redelivered) r.unknown++;
         else r.undelivered++;
     }
-    netchan__give_back(&netchan__net_lock);
+    netchan__unlock_one(&netchan__net_lock);
     if (report) *report = r;
     netchan__free_endpoint(e);
     return r.undelivered || r.unknown ? netchan__fail(NETCHAN_ETIMEDOUT, "netchan_hangup: %zu values were not delivered, of %zu only the peer knew",

@@ -39,7 +39,8 @@ static inline bool alloc_failed(void) {
 }
 
 static bool alloc_allowed(size_t size) {
-    if (size > __atomic_load_n(&alloc_largest, __ATOMIC_SEQ_CST)) __atomic_store_n(&alloc_largest, size, __ATOMIC_SEQ_CST);
+    if (size > __atomic_load_n(&alloc_largest, __ATOMIC_SEQ_CST))
+        __atomic_store_n(&alloc_largest, size, __ATOMIC_SEQ_CST);
     long call = __atomic_add_fetch(&alloc_calls, 1, __ATOMIC_SEQ_CST);
     return call != __atomic_load_n(&alloc_fail_at, __ATOMIC_SEQ_CST);
 }

@@ -1,6 +1,7 @@
 #!/bin/sh
-# A row of a struct table whose kind is not that of the C member must not compile, in C11 and in C++17; the right one must, without
-# a warning. Every wrong program differs from a right one in the type of its member alone. CC is the compiler, CFLAGS its flags.
+# A row of a struct table whose kind is not that of the C member must not compile, in C11 and in C++17; the right one
+# must, without a warning. Every wrong program differs from a right one in the type of its member alone.
+# CC is the compiler, CFLAGS its flags.
 dir=$(mktemp -d) || exit 1
 trap 'rm -rf "$dir"' EXIT
 trap 'exit 130' INT TERM
@@ -73,7 +74,8 @@ expect wrong "int m : 8" "NETCHAN_FIELD(record, m, I32)"
 expect wrong "int32_t m" "NETCHAN_FIELD(record, m, NO_SUCH_KIND)"
 
 expect right "netchan_value m" "NETCHAN_FIELD_VALUE(record, m)"
-for type in bool int32_t int64_t double "const char *" "netchan_value *" "const netchan_value *" netchan_entry netchan_case point; do
+for type in bool int32_t int64_t double "const char *" "netchan_value *" "const netchan_value *" netchan_entry \
+	netchan_case point; do
 	expect wrong "$type m" "NETCHAN_FIELD_VALUE(record, m)"
 done
 expect wrong "netchan_value m[2]" "NETCHAN_FIELD_VALUE(record, m)"

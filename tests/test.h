@@ -1,5 +1,5 @@
-/* The test harness; include it after netchan.h. Each test runs in a process of its own, so that a crash, a hang or a leak is the
- * failure of one test, and no test sees what another left behind.
+/* The test harness; include it after netchan.h. Each test runs in a process of its own, so that a crash, a hang or a
+ * leak is the failure of one test, and no test sees what another left behind.
  *
  *     program [-v] [filter]     runs the tests whose names contain the filter; -v prints a line for each
  *
@@ -32,7 +32,8 @@ enum { TEST_FAILED = 99 }; /* exit code of a test that has said itself why it fa
 static const char *test_name = "";
 
 /* Ends the test's process at once, from any thread. */
-static void test_fail(const char *file, int line, const char *format, ...) __attribute__((format(printf, 3, 4), noreturn));
+static void test_fail(const char *file, int line, const char *format, ...)
+    __attribute__((format(printf, 3, 4), noreturn));
 static void test_fail(const char *file, int line, const char *format, ...) {
     char text[1024];
     va_list args;
