@@ -1759,6 +1759,8 @@ struct netchan__peer {
     netchan *send, *recv; /* at the dialling side: channels 0 and 1 */
     bool no_redelivery;
     netchan__peer *next_peer, *prev_peer; /* in netchan__net.peers */
+    bool leaving;         /* one side said farewell: no new matches with it */
+    bool farewell;        /* it said farewell: what it has not accepted by then it never took */
     bool has_all;         /* it answered our farewell: nothing that we sent was lost */
     uint64_t unknown;     /* values whose fate only the peer knew, counted when it is lost */
     uint64_t patience;    /* nanoseconds that it may take to answer a claim */
@@ -2117,8 +2119,20 @@ static bool netchan__fill(netchan__lane *lane) {
 
 /* Does this receiver's process not take a value of this size, or not now? */
 static bool netchan__is_too_big(const netchan__waiter *r, size_t size) {
-    if (r->op || size <= NETCHAN__FRAGMENT) return false;
-    return size > r->peer->their_message || (r->peer->shipping && r->peer->shipping + size > r->peer->their_memory / 2);
+    if (r->op) return false;
+    const netchan__peer *p = r->peer;
+    return size > p->their_message || (size > NETCHAN__FRAGMENT && p->shipping && p->shipping + size > p->their_memory / 2);
+}
+
+/* Is it too big for every process that could receive it? While there is none, nobody knows. */
+static bool netchan__fits_nobody(const netchan *ch, size_t size) {
+    bool nobody = false;
+    for (const netchan__peer *p = ch->plain ? netchan__net.peers : NULL; p; p = p->next_peer) {
+        if (p->work != ch) continue;
+        if (size <= p->their_message) return false;
+        nobody = true;
+    }
+    return nobody;
 }
 
 /* Brings one receiver together with what a lane has. Returns false when there is no such pair. */
@@ -2138,8 +2152,7 @@ static bool netchan__serve(netchan *ch) {
             if (!lane->cap && !s) continue;
             size_t size = s ? s->size : lane->slots[lane->first].size;
             if (netchan__is_too_big(r, size)) {
-                bool never = size > r->peer->their_message;
-                if (!never || !s || (s->op && !netchan__change_state(s->op, NETCHAN__OPEN, NETCHAN__ENGAGED))) continue;
+                if (!s || !netchan__fits_nobody(ch, size) || (s->op && !netchan__change_state(s->op, NETCHAN__OPEN, NETCHAN__ENGAGED))) continue;
                 netchan__dequeue(s);
                 netchan__finish_sender(s, NETCHAN_ETOOBIG, 0);
                 netchan__update_ready(lane);
@@ -2398,7 +2411,7 @@ static enum netchan__lock_answer netchan__lock_party(netchan__match *m, int step
 /* Puts a waiter that was in a match back where it waited, unless it has a reason to go. */
 static void netchan__wait_again(netchan__waiter *w) {
     w->match = NULL;
-    if (w->lost) {
+    if (w->lost || (w->peer && !w->op && w->peer->leaving)) {
         netchan__forget(w);
     } else if (w->withdrawn) {
         if (w->is_try) netchan__emit_entry(w, NETCHAN__WITHDRAWN, 0, 0);
@@ -2831,6 +2844,20 @@ static void netchan__on_credit(netchan__peer *p, netchan__frame *f) {
     netchan__mark_dirty(ch);
 }
 
+/* Local operations that wait in the queue end with ECLOSED, unless they are engaged, or their value is at home: they learn its fate from
+ * there. */
+static void netchan__end_waiters(netchan__queue *q) {
+    for (netchan__waiter *w = q->head; w;) {
+        if (!w->op || w->here || !netchan__change_state(w->op, NETCHAN__OPEN, NETCHAN__ENGAGED)) {
+            w = w->next;
+            continue;
+        }
+        if (w->id) netchan__emit_entry(w, NETCHAN__WITHDRAW, 0, 0);
+        netchan__finish(w->op, w, NETCHAN_ECLOSED);
+        w = q->head;
+    }
+}
+
 static void netchan__on_closed(netchan__peer *p, netchan__frame *f) {
     netchan *ch = p->recv;
     if (!ch || f->channel != ch->channel) {
@@ -2838,12 +2865,13 @@ static void netchan__on_closed(netchan__peer *p, netchan__frame *f) {
         return;
     }
     ch->closing = ch->closed = true;
-    for (netchan__waiter *r; (r = netchan__seize(&ch->receivers));) netchan__finish(r->op, r, NETCHAN_ECLOSED);
+    netchan__end_waiters(&ch->receivers);
 }
 
 /* ---- The home: entries of remote operations, and what they answer. ---- */
 
 static void netchan__on_waiter(netchan__peer *p, netchan__frame *f) {
+    if (p->leaving) return; /* it learns that from our farewell */
     bool is_send = f->type == NETCHAN__OFFER;
     netchan__lane *lane = p->lane;
     netchan *ch = is_send ? (lane ? lane->ch : NULL) : p->work;
@@ -2904,6 +2932,16 @@ static void netchan__on_waiter(netchan__peer *p, netchan__frame *f) {
     if (w->match) return;
     netchan__dequeue(w);
     netchan__wait_again(w);
+}
+
+/* No new match with this peer: those of its waiters that are in none go. What is being negotiated is finished. */
+static void netchan__leave(netchan__peer *p) {
+    p->leaving = true;
+    for (size_t i = 0; i < p->waiters.cap;) { /* forgetting may move another waiter to this slot */
+        netchan__waiter *w = p->waiters.slots[i].key ? (netchan__waiter *)p->waiters.slots[i].item : NULL;
+        if (w && !w->match) netchan__forget(w);
+        else i++;
+    }
 }
 
 static void netchan__on_withdraw(netchan__peer *p, netchan__frame *f) {
@@ -3145,9 +3183,9 @@ static void netchan__end_up(netchan__peer *p, netchan *ch) {
 static void netchan__waiter_lost(netchan__waiter *w, uint64_t sent) {
     netchan__op *op = w->op;
     bool engaged = op->engaged == w && netchan__state(op) >= NETCHAN__ENGAGED;
-    bool left = w->is_send && w->position && w->position <= sent && (engaged || w->here);
     bool is_try = w->is_try, registered = w->id != 0;
     netchan__peer *p = w->peer;
+    bool left = w->is_send && w->position && w->position <= sent && (engaged || w->here) && !p->farewell;
     if (w->claim && !engaged) { /* a queued claim of the home that is gone */
         netchan__waiter **at = &op->claims;
         op->last_claim = NULL;
@@ -3161,7 +3199,7 @@ static void netchan__waiter_lost(netchan__waiter *w, uint64_t sent) {
     }
     netchan__unregister(w);
     w->position = 0;
-    if (left && p) p->unknown++;
+    if (left) p->unknown++;
     if (engaged) netchan__finish(op, w, left ? NETCHAN_EUNKNOWN : NETCHAN_ELOST);
     else if (left) {
         if (netchan__change_state(op, NETCHAN__OPEN, NETCHAN__ENGAGED)) {
@@ -3230,11 +3268,7 @@ static void netchan__home_lost(netchan__peer *p) {
             netchan__match_lost(m, p);
         }
     }
-    for (size_t i = 0; i < p->waiters.cap;) { /* forgetting may move another waiter to this slot */
-        netchan__waiter *w = p->waiters.slots[i].key ? (netchan__waiter *)p->waiters.slots[i].item : NULL;
-        if (w && !w->match) netchan__forget(w);
-        else i++;
-    }
+    netchan__leave(p);
     for (size_t i = 0; i < p->waiters.cap; i++)
         if (p->waiters.slots[i].key) ((netchan__waiter *)p->waiters.slots[i].item)->peer = NULL;
     netchan__map_free(&p->waiters);
@@ -3434,6 +3468,9 @@ static void netchan__attempt(netchan__waiter *w) {
         netchan__finish(w->op, w, NETCHAN_ECLOSED);
     } else if (ch->is_end) {
         netchan__pair_end(ch);
+    } else if (w->is_send && netchan__fits_nobody(ch, w->size)) {
+        netchan__change_state(w->op, NETCHAN__OPEN, NETCHAN__ENGAGED);
+        netchan__finish(w->op, w, NETCHAN_ETOOBIG);
     } else {
         if (w->is_send) netchan__fill(w->lane); /* before a receive on the same channel has its turn */
         netchan__pair(ch);
@@ -3468,8 +3505,10 @@ static void netchan__begin(netchan__op *op) {
         netchan__waiter *w = &op->waiters[op->waiters[i].turn];
         if (w->ch) netchan__attempt(w);
     }
-    for (size_t i = 0; i < count && op->net && netchan__state(op) == NETCHAN__OPEN; i++)
-        if (op->waiters[i].ch && op->waiters[i].ch->is_end) netchan__register(&op->waiters[i]);
+    for (size_t i = 0; i < count && op->net && netchan__state(op) == NETCHAN__OPEN; i++) {
+        netchan__waiter *w = &op->waiters[op->waiters[i].turn];
+        if (w->ch && w->ch->is_end) netchan__register(w);
+    }
     if (op->net) netchan__settle();
 }
 
@@ -3641,20 +3680,6 @@ NETCHANDEF void netchan_free(netchan *ch) {
     NETCHAN_FREE(ch);
 }
 
-/* At an end: sends that wait here are over; those whose value is at home learn their fate from there. */
-static void netchan__close_end(netchan *ch) {
-    for (bool again = true; again;) {
-        again = false;
-        for (netchan__waiter *s = ch->lane.senders.head; s && !again; s = s->next) {
-            if (s->here || !netchan__change_state(s->op, NETCHAN__OPEN, NETCHAN__ENGAGED)) continue;
-            if (s->id) netchan__emit_entry(s, NETCHAN__WITHDRAW, 0, 0);
-            netchan__finish(s->op, s, NETCHAN_ECLOSED);
-            again = true;
-        }
-    }
-    netchan__pair_end(ch);
-}
-
 NETCHANDEF int netchan_close(netchan *ch) {
     if (!ch) return netchan__fail(NETCHAN_EINVAL, "netchan_close: the channel is NULL");
     if (!ch->may_send) return netchan__fail(NETCHAN_EINVAL, "netchan_close: only the sending side closes a channel");
@@ -3662,8 +3687,10 @@ NETCHANDEF int netchan_close(netchan *ch) {
     int result = ch->closing ? NETCHAN_ECLOSED : NETCHAN_OK;
     if (result == NETCHAN_OK) {
         ch->closing = ch->lane.closing = true;
-        if (ch->is_end) netchan__close_end(ch);
-        else {
+        if (ch->is_end) {
+            netchan__end_waiters(&ch->lane.senders);
+            netchan__pair_end(ch);
+        } else {
             netchan__turn_away(&ch->lane);
             netchan__pair(ch);
         }
@@ -3712,16 +3739,13 @@ struct netchan__parcel {
     netchan__buf bytes;
 };
 
-/* What a session tells its owner. */
-enum netchan__news { NETCHAN__NEWS_HELLO, NETCHAN__NEWS_BYE };
-
 typedef struct netchan__session netchan__session;
 struct netchan__session {
     netchan__peer peer; /* first: a session is a peer */
     netchan__session *next_pending; /* in netchan__pending */
     bool is_pending;
     void *owner;
-    void (*on_news)(netchan__session *s, enum netchan__news news);
+    void (*on_hello)(netchan__session *s); /* the peer is known */
     bool hello_received, bye_sent, bye_received;
     netchan__buf out;      /* whole frames that were not given to the link */
     uint64_t queued;       /* position of the end of out */
@@ -3918,7 +3942,7 @@ static void netchan__on_hello(netchan__session *s, netchan__reader *r) {
     p->their_message = netchan__clamp(max_message);
     p->their_memory = netchan__clamp(max_memory);
     s->hello_received = true;
-    s->on_news(s, NETCHAN__NEWS_HELLO);
+    s->on_hello(s);
 }
 
 /* Reads the fields of a frame. Returns false after a breach. */
@@ -3964,9 +3988,9 @@ static void netchan__on_frame(netchan__session *s, unsigned type, netchan__reade
         break;
     case NETCHAN__PONG: break;
     case NETCHAN__BYE:
-        s->bye_received = true;
+        s->bye_received = s->peer.farewell = true;
         s->peer.has_all = s->bye_sent;
-        s->on_news(s, NETCHAN__NEWS_BYE);
+        if (s->peer.work) netchan__leave(&s->peer);
         break;
     default:
         netchan__handle(&s->peer, &f);
@@ -3978,7 +4002,7 @@ static void netchan__on_frame(netchan__session *s, unsigned type, netchan__reade
 /* Works off whole frames from [p, end). Returns how many bytes they were. */
 static size_t netchan__parse(netchan__session *s, const uint8_t *data, size_t size) {
     size_t done = 0;
-    while (!s->peer.breach && !s->bye_received) {
+    while (!s->peer.breach) {
         netchan__reader r = {data + done, data + size, false};
         uint64_t length = netchan__read_varint(&r);
         if (r.bad && size - done >= 10) length = UINT64_MAX; /* no varint is longer */
@@ -4153,6 +4177,7 @@ typedef struct netchan__stream {
     netchan__buf out; /* ciphertext to be sent */
     uint8_t seen[32]; /* fingerprint of the peer's key */
     bool has_seen;
+    bool has_read; /* the peer has accepted us: it sent something after the handshake */
 } netchan__stream;
 
 static const char *const netchan__alpn[] = {"netchan/1", NULL};
@@ -4382,6 +4407,7 @@ static int netchan__stream_read(netchan__stream *s, uint8_t *data, size_t size) 
         int n = mbedtls_ssl_read(&s->ssl, data, size);
         if (n == 0) return MBEDTLS_ERR_SSL_PEER_CLOSE_NOTIFY;
         bool again = n == MBEDTLS_ERR_SSL_RECEIVED_NEW_SESSION_TICKET || n == MBEDTLS_ERR_SSL_WANT_WRITE;
+        if (n > 0) s->has_read = true;
         if (!again && !(n == MBEDTLS_ERR_SSL_WANT_READ && s->in_left)) return n;
     }
 }
@@ -4407,7 +4433,9 @@ static bool netchan__explain(const netchan__stream *s, int error, char *text, si
     case MBEDTLS_ERR_SSL_NO_CLIENT_CERTIFICATE:
         snprintf(text, size, "it showed no certificate, and options.pin asks for one");
         return true;
+    case MBEDTLS_ERR_SSL_INVALID_MAC: /* mbedTLS encrypts an alert on the client's certificate with the handshake's key, too early or too late */
     case MBEDTLS_ERR_SSL_FATAL_ALERT_MESSAGE:
+        if (s->has_read) break;
         snprintf(text, size, "%s", s->tls->has_psk ? "it does not accept our shared_key: the keys differ, or it expects none"
                                                    : "it does not accept our certificate, or expects another kind of trust (shared_key, pin)");
         return true;
@@ -4636,7 +4664,7 @@ struct netchan__endpoint {
     char failure_text[320];    /* the last reason why there was no connection */
     size_t strangers, peers;   /* connections before and after the greeting */
     size_t orphans;            /* lanes of lost peers, whose values nobody has received yet */
-    bool hanging_up, stopping, gone;
+    bool hanging_up, shut, stopping, gone;
     size_t events_dropped;
     uint64_t unknown;
     pthread_cond_t changed; /* with netchan__net_lock */
@@ -4799,18 +4827,10 @@ static void netchan__bind_dialler(netchan__conn *c) {
     netchan__end_up(&s->peer, e->link.recv);
 }
 
-/* netchan__session.on_news */
-static void netchan__on_news(netchan__session *s, enum netchan__news news) {
+/* netchan__session.on_hello */
+static void netchan__on_peer(netchan__session *s) {
     netchan__conn *c = (netchan__conn *)s->owner;
     netchan__endpoint *e = c->endpoint;
-    if (news == NETCHAN__NEWS_BYE) {
-        netchan__emit_bye(s);
-        c->ended = true;
-        c->deadline = netchan__now_ns() + NETCHAN__HANDSHAKE_MS * (uint64_t)1000000; /* for what is still to be sent */
-        netchan__io.next_tick = 0;
-        snprintf(c->reason, sizeof c->reason, "it hung up");
-        return;
-    }
     if (e->dials) netchan__bind_dialler(c);
     else netchan__bind_listener(c);
     if (s->peer.breach) return;
@@ -4835,7 +4855,7 @@ static bool netchan__start_session(netchan__conn *c) {
     s->peer.max_memory = e->options.max_memory;
     s->peer.no_redelivery = e->options.no_redelivery;
     s->owner = c;
-    s->on_news = netchan__on_news;
+    s->on_hello = netchan__on_peer;
     s->ping_ms = e->options.ping_ms;
     s->peer.patience = 6 * (uint64_t)e->options.ping_ms * 1000000u;
     s->last_input = s->last_ping = s->last_tick = netchan__now_ns();
@@ -4846,6 +4866,17 @@ static bool netchan__start_session(netchan__conn *c) {
         netchan__emit_hello(s);
     }
     return true;
+}
+
+/* The other side said farewell, and nothing is being negotiated with it any more: so do we, and close. */
+static void netchan__answer_bye(netchan__conn *c) {
+    netchan__session *s = c->session;
+    if (!s || !s->bye_received || c->ended || s->peer.waiters.count) return;
+    netchan__emit_bye(s);
+    c->ended = true;
+    c->deadline = netchan__now_ns() + NETCHAN__HANDSHAKE_MS * (uint64_t)1000000; /* for what is still to be sent */
+    netchan__io.next_tick = 0;
+    snprintf(c->reason, sizeof c->reason, "it hung up");
 }
 
 static void netchan__schedule_dial(netchan__endpoint *e, uint64_t now) {
@@ -5054,6 +5085,7 @@ static void netchan__conn_ready(netchan__conn *c, short events) {
     }
     pthread_mutex_lock(&netchan__net_lock);
     const char *breach = c->session ? c->session->peer.breach : NULL;
+    netchan__answer_bye(c);
     if (breach) snprintf(c->reason, sizeof c->reason, "%s", breach);
     bool flushed = c->ended && netchan__session_idle(c->session) && !netchan__buf_size(&c->stream.out);
     if (!alive || breach || flushed) netchan__close_conn(c, c->reason, fatal);
@@ -5442,30 +5474,35 @@ NETCHANDEF netchan_link *netchan_dial(const char *address, const netchan_options
     return NULL;
 }
 
-/* Ends every operation that waits on the channel, now and from now on. Caller holds netchan__net_lock. */
+/* Ends the operations that wait on the channel, now and from now on; those that are being committed go on. Caller holds netchan__net_lock. */
 static void netchan__shut(netchan *ch) {
-    ch->closing = ch->closed = true;
-    ch->lane.closing = true;
-    netchan__queue *queues[2] = {&ch->lane.senders, &ch->receivers};
-    for (int i = 0; i < 2; i++)
-        for (netchan__waiter *w; (w = netchan__seize(queues[i]));) {
-            if (!w->op) netchan__forget(w);
-            else netchan__finish(w->op, w, w->here ? NETCHAN_EUNKNOWN : NETCHAN_ECLOSED);
-        }
+    if (!ch->closing) ch->close_sent = true; /* the farewell says it */
+    ch->closing = ch->closed = ch->lane.closing = true;
+    netchan__end_waiters(&ch->lane.senders);
+    netchan__end_waiters(&ch->receivers);
 }
 
-/* Whether all that was sent on the link is known to have arrived; asks the other sides for a farewell on the way. */
+/* Nothing new begins on the link's channels. */
+static void netchan__shut_link(netchan__endpoint *e) {
+    for (netchan__peer *p = netchan__net.peers; p; p = p->next_peer)
+        if (p->work == e->link.send) netchan__leave(p);
+    netchan__shut(e->link.send);
+    netchan__shut(e->link.recv);
+    e->shut = true;
+}
+
+/* Whether all that was sent on the link is known to have arrived; says farewell to the other sides on the way. */
 static bool netchan__drained(netchan__endpoint *e) {
     netchan *send = e->link.send;
     if (e->dials) {
         if (!e->session) return send->backlog_count == 0;
-        if (send->backlog_count || !netchan__session_idle(e->session)) return false;
-        netchan__emit_bye(e->session);
+        if (!send->backlog_count && !e->session->parcels) netchan__emit_bye(e->session);
         return false; /* the session ends with the answer */
     }
-    if (send->lane.count || send->matches) return false;
+    if (!e->shut && (send->lane.count || send->matches)) return false;
+    if (!e->shut) netchan__shut_link(e);
     for (netchan__peer *p = netchan__net.peers; p; p = p->next_peer)
-        if (p->work == send) netchan__emit_bye(netchan__session_of(p));
+        if (p->work == send && !p->waiters.count) netchan__emit_bye(netchan__session_of(p));
     return e->peers == 0;
 }
 
@@ -5487,12 +5524,13 @@ NETCHANDEF int netchan_hangup(netchan_link *link, netchan_report *report) {
     pthread_mutex_lock(&netchan__net_lock);
     e->hanging_up = true;
     netchan__wake_io(); /* no new peers */
+    if (e->dials) netchan__shut_link(e);
     netchan__drain(e);
-    netchan__shut(e->link.send);
-    netchan__shut(e->link.recv);
+    if (!e->shut) netchan__shut_link(e);
     netchan__unlock_one(&netchan__net_lock);
     netchan__stop_endpoint(e);
     pthread_mutex_lock(&netchan__net_lock);
+    netchan__shut(e->link.send); /* what waited for the fate of a value */
     netchan__shut(e->link.events);
     netchan__lane *next;
     for (netchan__lane *lane = e->dials ? NULL : e->link.recv->lanes; lane; lane = next) {
