@@ -1875,7 +1875,6 @@ static netchan__slot netchan__lane_pop(netchan__lane *lane) {
     lane->first = (lane->first + 1) & (lane->room - 1);
     lane->count--;
     lane->memory -= slot.memory;
-    lane->left++;
     return slot;
 }
 
@@ -1885,7 +1884,6 @@ static void netchan__lane_unpop(netchan__lane *lane, netchan__slot slot) {
     lane->slots[lane->first] = slot;
     lane->count++;
     lane->memory += slot.memory;
-    lane->left--;
 }
 
 static bool netchan__slot_free(const netchan__lane *lane) {
@@ -1895,7 +1893,7 @@ static bool netchan__slot_free(const netchan__lane *lane) {
 /* Keeps the lane in the list of lanes that a receiver could take from; last in turn when it is added. */
 static void netchan__update_ready(netchan__lane *lane) {
     netchan *ch = lane->ch;
-    bool ready = lane->cap ? lane->count > 0 && !lane->pinned : lane->senders.head != NULL;
+    bool ready = lane->cap ? lane->count > 0 && !lane->pinned : lane->senders.head != NULL && !lane->closing;
     if (ready == lane->is_ready) return;
     lane->is_ready = ready;
     if (ready) {
@@ -1935,6 +1933,7 @@ static void netchan__finish(netchan__op *op, netchan__waiter *w, int result) {
     if (op->net) {
         netchan__withdraw_others(op, w);
         if (w) netchan__dequeue(w);
+        if (w && w->lane) netchan__update_ready(w->lane);
         if (w) netchan__unregister(w);
     }
     op->next_to_wake = netchan__to_wake;
@@ -2060,7 +2059,10 @@ static void netchan__pass(netchan__lane *lane, netchan__waiter *s, netchan__wait
         slot.size = s->size;
         slot.memory = s->memory;
         s->value = netchan__nil_value;
-    } else slot = netchan__lane_pop(lane);
+    } else {
+        slot = netchan__lane_pop(lane);
+        lane->left++;
+    }
     if (r) {
         netchan__dequeue(r);
         netchan__finish_receive(r, &slot.value, from, slot.redelivered);
@@ -2069,9 +2071,14 @@ static void netchan__pass(netchan__lane *lane, netchan__waiter *s, netchan__wait
     netchan__lane_changed(lane);
 }
 
+static const uint8_t *netchan__process_of(const netchan__waiter *w) {
+    return w->op ? netchan__net.process : w->peer->process;
+}
+
+/* Also when one of them came back to its own process over a link. */
 static bool netchan__same_op(const netchan__waiter *a, const netchan__waiter *b) {
-    if (a->op || b->op) return a->op == b->op;
-    return a->peer == b->peer && a->op_id == b->op_id;
+    if (a->op && b->op) return a->op == b->op;
+    return a->op_id == b->op_id && memcmp(netchan__process_of(a), netchan__process_of(b), sizeof netchan__net.process) == 0;
 }
 
 /* Operations that were finished outside net are met in the queues until their thread has left these. */
@@ -2100,7 +2107,7 @@ static bool netchan__has_room(const netchan__waiter *s) {
 /* Moves waiting senders into free slots. Each step may take any waiter out of the queue, so each begins anew. Returns whether it did. */
 static bool netchan__fill(netchan__lane *lane) {
     bool moved = false;
-    for (; netchan__slot_free(lane); moved = true) {
+    for (; netchan__slot_free(lane) && !lane->closing; moved = true) {
         netchan__waiter *s = lane->senders.head;
         while (s && !netchan__has_room(s)) s = s->next;
         if (!s) break;
@@ -2148,16 +2155,16 @@ static bool netchan__serve(netchan *ch) {
                 continue;
             }
             netchan__waiter *s = lane->cap ? NULL : lane->senders.head;
-            while (s && (netchan__is_stale(s) || netchan__same_op(s, r) || !netchan__has_room(s))) s = s->next;
-            if (!lane->cap && !s) continue;
-            size_t size = s ? s->size : lane->slots[lane->first].size;
-            if (netchan__is_too_big(r, size)) {
-                if (!s || !netchan__fits_nobody(ch, size) || (s->op && !netchan__change_state(s->op, NETCHAN__OPEN, NETCHAN__ENGAGED))) continue;
+            for (; s; s = s->next) {
+                if (netchan__is_stale(s) || netchan__same_op(s, r) || !netchan__has_room(s)) continue;
+                if (!netchan__is_too_big(r, s->size)) break;
+                if (!netchan__fits_nobody(ch, s->size) || (s->op && !netchan__change_state(s->op, NETCHAN__OPEN, NETCHAN__ENGAGED))) continue;
                 netchan__dequeue(s);
                 netchan__finish_sender(s, NETCHAN_ETOOBIG, 0);
                 netchan__update_ready(lane);
                 return true;
             }
+            if (lane->cap ? netchan__is_too_big(r, lane->slots[lane->first].size) : !s) continue;
             netchan__next_turn(lane);
             netchan__bring_together(lane, s, r);
             return true;
@@ -2253,10 +2260,6 @@ static void netchan__progress(netchan__match *m);
 
 static bool netchan__claimable(const netchan__waiter *w) {
     return w && (w->op ? w->multi : !(w->is_send && w->here));
-}
-
-static const uint8_t *netchan__process_of(const netchan__waiter *w) {
-    return w->op ? netchan__net.process : w->peer->process;
 }
 
 static bool netchan__precedes(const netchan__waiter *a, const netchan__waiter *b) {
@@ -2453,7 +2456,10 @@ static void netchan__settle_buffer(netchan__match *m, bool value_back, bool rede
     if (!m->from_buffer) return;
     lane->out--;
     lane->pinned -= m->pinned;
-    if (!value_back) return;
+    if (!value_back) {
+        lane->left++;
+        return;
+    }
     netchan__slot slot = {m->value, m->size, m->memory, m->redelivered || redelivered};
     m->value = netchan__nil_value;
     netchan__lane_unpop(lane, slot);
@@ -2782,7 +2788,7 @@ static void netchan__pair_end(netchan *ch) {
         s->op->peer = ch->home->number;
         netchan__finish(s->op, s, NETCHAN_OK);
     }
-    if (!ch->home || !ch->closing || ch->close_sent || ch->backlog_count) return;
+    if (!ch->home || !ch->may_send || !ch->closing || ch->close_sent || ch->backlog_count) return;
     netchan__emit_ids(ch->home, NETCHAN__CLOSE, ch->channel, 0, 0, 0, 0);
     ch->close_sent = true;
 }
@@ -2795,7 +2801,7 @@ static size_t netchan__offer_limit(size_t max_memory) {
 /* Tells the home that w waits. What is sent into a buffer waits here for credit. */
 static void netchan__register(netchan__waiter *w) {
     netchan__peer *p = w->ch->home;
-    if (!p || w->id) return;
+    if (!p || w->id || (w->is_send ? w->ch->closing : w->ch->closed)) return; /* closed: see P5 */
     bool large = w->size > NETCHAN__FRAGMENT;
     bool too_big = w->is_send && w->size > p->their_message;
     if (w->is_send && w->ch->lane.cap && !too_big && (!large || !w->ch->credit || w->ch->backlog_count)) return;
@@ -3096,6 +3102,7 @@ static void netchan__reopen(netchan__op *op) {
         if (!w->ch || w->match || w->claim) continue; /* what is being negotiated is finished first */
         bool closed = w->is_send ? (w->lane ? w->lane->closing : w->ch->closing) : w->ch->closed;
         if (!closed && !w->lost) continue;
+        if (w->peer) netchan__emit_entry(w, NETCHAN__WITHDRAW, 0, 0); /* it may be registered with the next home */
         netchan__finish(op, w, closed ? NETCHAN_ECLOSED : NETCHAN_ELOST);
         return;
     }
@@ -3104,6 +3111,8 @@ static void netchan__reopen(netchan__op *op) {
     if (!w) {
         for (size_t i = 0; i < op->count; i++)
             if (op->waiters[i].ch) netchan__mark_dirty(op->waiters[i].ch);
+        for (size_t i = 0; i < op->count && netchan__state(op) == NETCHAN__OPEN; i++) /* what was too big meanwhile learns it */
+            if (op->waiters[i].queue && op->waiters[i].ch->is_end) netchan__register(&op->waiters[i]);
         return;
     }
     op->claims = w->next_claim;
@@ -3212,6 +3221,9 @@ static void netchan__waiter_lost(netchan__waiter *w, uint64_t sent) {
             netchan__dequeue(w);
             netchan__finish(op, w, NETCHAN_ELOST);
         } else w->lost = true; /* it is engaged with another home; see P5 */
+    } else if (w->is_send && w->ch->closing && netchan__change_state(op, NETCHAN__OPEN, NETCHAN__ENGAGED)) {
+        netchan__dequeue(w); /* its value was at home when the channel was closed, and did not leave */
+        netchan__finish(op, w, NETCHAN_ECLOSED);
     } /* else it waits for the next session */
 }
 
@@ -3505,7 +3517,7 @@ static void netchan__begin(netchan__op *op) {
         netchan__waiter *w = &op->waiters[op->waiters[i].turn];
         if (w->ch) netchan__attempt(w);
     }
-    for (size_t i = 0; i < count && op->net && netchan__state(op) == NETCHAN__OPEN; i++) {
+    for (size_t i = 0; i < count && op->net && netchan__state(op) < NETCHAN__COMMITTED; i++) { /* engaged is not over */
         netchan__waiter *w = &op->waiters[op->waiters[i].turn];
         if (w->ch && w->ch->is_end) netchan__register(w);
     }
@@ -5109,8 +5121,10 @@ static void netchan__tick_conn(netchan__conn *c, uint64_t now) {
         netchan__close_conn(c, c->state == NETCHAN__CONNECTING ? "it did not answer in time" : "it did not finish the handshake in time", false);
         return;
     }
-    if (c->session && c->session->peer.breach) netchan__close_conn(c, c->session->peer.breach, false);
-    else if (next < netchan__io.next_tick) netchan__io.next_tick = next;
+    if (c->session && c->session->peer.breach) {
+        snprintf(c->reason, sizeof c->reason, "%s", c->session->peer.breach); /* which may stand in the session */
+        netchan__close_conn(c, c->reason, false);
+    } else if (next < netchan__io.next_tick) netchan__io.next_tick = next;
 }
 
 /* Looks at every deadline, and at endpoints that start or stop. */
