@@ -56,13 +56,13 @@
  *               value to the caller, who calls netchan_clear(). What the accessors return is borrowed from their value.
  *               Channels are counted: netchan_make() counts one, netchan_retain() one more, netchan_free() one less. The
  *               channels in a netchan_link belong to the link: do not free them; retain one to keep it past netchan_hangup().
- *   Threads     Any thread may call anything at any time, except that a value, an array of cases and a link that is being
- *               hung up belong to one thread at a time. The first listen or dial starts the one thread of the library, the last
+ *   Threads     Any thread may call anything at any time, except that a value and an array of cases belong to one thread at a
+ *               time, and that after netchan_hangup() began no call on the link or its channels may begin, unless these are retained. The first listen or dial starts the one thread of the library, the last
  *               hangup ends it. mbedTLS is called from one thread at a time, under a lock of ours; a program that also calls
  *               mbedTLS itself, from another thread, needs an mbedTLS built with MBEDTLS_THREADING_C.
  *   Time        timeout_ms is NETCHAN_FOREVER (-1), NETCHAN_NOWAIT (0) or milliseconds on the monotonic clock. Between machines, a
  *               call that has begun to commit when its time is up returns late, by one round trip or when the link is lost;
- *               NETCHAN_NOWAIT asks the other side once and takes one round trip.
+ *               NETCHAN_NOWAIT asks the other side once and takes one round trip, unless this side knows: it does for a buffer.
  *   Errors      A function that can fail returns NETCHAN_OK or a negative code, or NULL; netchan_errmsg() is then a sentence.
  *   Results     OK: it happened. ETIMEDOUT, ECLOSED, ELOST: it did not and never will. EUNKNOWN: the peer is gone and only it
  *               knew. A value whose send timed out is never received later.
@@ -373,7 +373,8 @@ typedef struct netchan_peer {
 /* Makes a channel. capacity counts values; 0 makes each send a rendezvous. Returns NULL when out of memory. */
 NETCHANDEF netchan *netchan_make(size_t capacity);
 NETCHANDEF netchan *netchan_retain(netchan *ch); /* Counts one more holder and returns ch. NULL is returned as it is. */
-/* Counts one holder less; the last frees the channel and the values in it. NULL is allowed. Nobody may be waiting on it then. */
+/* Counts one holder less; the last frees the channel and the values in it. NULL is allowed. Nobody may be waiting on it then, but who has
+ * just taken its last value, or seen its send return, may free it at once. */
 NETCHANDEF void netchan_free(netchan *ch);
 
 /* Sends a copy of v. Returns OK when a receiver took it (capacity 0) or the buffer did; ETIMEDOUT, ECLOSED; ENOMEM; EINVAL for a
@@ -458,7 +459,7 @@ typedef struct netchan_link {
 
 typedef struct netchan_report {
     size_t undelivered; /* values that were sent with OK and were certainly not taken */
-    size_t unknown;     /* values of which only the peer knew */
+    size_t unknown;     /* values of which only the peer knew, since the link was opened */
 } netchan_report;
 
 /* Listens on "host:port", "[ipv6]:port" or ":port" (all addresses); port 0 picks a free one, see link->address. options is copied. Returns
@@ -468,8 +469,9 @@ NETCHANDEF netchan_link *netchan_listen(const char *address, const netchan_optio
  * dialled again for ever. Returns NULL with netchan_errmsg() when it could not be reached in time, or at once when either side
  * does not trust the other. */
 NETCHANDEF netchan_link *netchan_dial(const char *address, const netchan_options *options);
-/* Waits up to linger_ms until all that was sent is taken, ends the connections, and frees the link. Operations that still wait on its
- * channels end with ECLOSED (EUNKNOWN if they were being committed). *report (may be NULL) tells what was not delivered. Returns OK, or
+/* Waits up to linger_ms until all that was sent has arrived (a dialler's values in the listener's buffer, a listener's at its peers), ends the
+ * connections, and frees the link. At a dialler nothing new begins on its channels from now on, at a listener from then on; operations that
+ * still wait end with ECLOSED (ELOST or EUNKNOWN if they were being committed). *report (may be NULL) tells what was not delivered. Returns OK, or
  * ETIMEDOUT when values were left; the link is gone all the same. NULL is allowed. */
 NETCHANDEF int netchan_hangup(netchan_link *link, netchan_report *report);
 
@@ -2220,8 +2222,7 @@ static void netchan__lane_init(netchan__lane *lane, netchan *ch, size_t cap) {
     lane->cap = cap;
 }
 
-static size_t netchan__lane_clear(netchan__lane *lane) {
-    size_t count = lane->count;
+static void netchan__lane_clear(netchan__lane *lane) {
     while (lane->count) {
         netchan__slot slot = netchan__lane_pop(lane);
         netchan_clear(&slot.value);
@@ -2229,7 +2230,6 @@ static size_t netchan__lane_clear(netchan__lane *lane) {
     NETCHAN_FREE(lane->slots);
     lane->slots = NULL;
     lane->room = 0;
-    return count;
 }
 
 /* ====================================================================================================================
@@ -3971,6 +3971,10 @@ static bool netchan__read_frame(netchan__session *s, netchan__frame *f, netchan_
         f->bytes = r->p;
     } else if (*field == 'v' && left) {
         if (f->type == NETCHAN__DATA) f->size = left;
+        if (f->size > s->peer.max_message) {
+            netchan__breach(&s->peer, "it sent a value over max_message");
+            return false;
+        }
         int result = f->size != left ? NETCHAN_EPROTO : netchan__decode(&f->value, r->p, left, 0, &f->memory);
         if (result != NETCHAN_OK) {
             netchan__breach(&s->peer, result == NETCHAN_ENOMEM ? "out of memory for a value it sent" : "it sent a malformed value");
@@ -4451,7 +4455,7 @@ static bool netchan__explain(const netchan__stream *s, int error, char *text, si
         snprintf(text, size, "%s", s->tls->has_psk ? "it does not accept our shared_key: the keys differ, or it expects none"
                                                    : "it does not accept our certificate, or expects another kind of trust (shared_key, pin)");
         return true;
-    case MBEDTLS_ERR_SSL_HANDSHAKE_FAILURE: case MBEDTLS_ERR_SSL_UNKNOWN_IDENTITY: case MBEDTLS_ERR_SSL_PRIVATE_KEY_REQUIRED:
+    case MBEDTLS_ERR_SSL_HANDSHAKE_FAILURE: case MBEDTLS_ERR_SSL_ILLEGAL_PARAMETER: case MBEDTLS_ERR_SSL_UNKNOWN_IDENTITY: case MBEDTLS_ERR_SSL_PRIVATE_KEY_REQUIRED:
         snprintf(text, size, "%s", s->tls->has_psk ? "it does not prove our shared_key: the keys differ, or it uses none"
                                                    : "it expects another kind of trust (shared_key, pin) or cannot agree on a cipher");
         return true;

@@ -867,7 +867,10 @@ static void test_kinds_of_trust_do_not_mix(void) {
             CHECK(!netchan_dial(l->address, &kinds[j]));
             CHECK(test_ms() - start < LONG / 4);
             CHECK(strstr(netchan_errmsg(), "shared_key") || strstr(netchan_errmsg(), "pin"));
-            wait_reason(l, "rejected", "");
+            netchan_value v = wait_event(l, "rejected");
+            const char *reason = text_of(&v, "reason");
+            if (!strstr(reason, "shared_key") && !strstr(reason, "pin")) test_fail(__FILE__, __LINE__, "%d against %d: %s", j, i, reason);
+            netchan_clear(&v);
             hang_up(l);
         }
     }
