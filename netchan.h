@@ -3685,11 +3685,21 @@ NETCHANDEF netchan *netchan_retain(netchan *ch) {
 
 NETCHANDEF void netchan_free(netchan *ch) {
     if (!ch || __atomic_sub_fetch(&ch->refs, 1, __ATOMIC_ACQ_REL)) return;
-    NETCHAN_ASSERT(!ch->receivers.head && !ch->lane.senders.head && !ch->matches);
-    netchan__lane_clear(&ch->lane);
-    netchan__buf_free(&ch->backlog);
-    pthread_mutex_destroy(&ch->own);
-    NETCHAN_FREE(ch);
+    static NETCHAN__THREAD_LOCAL netchan *to_free; /* channels that lie in channels are freed one by one, however deep */
+    static NETCHAN__THREAD_LOCAL bool freeing;
+    ch->next_dirty = to_free;
+    to_free = ch;
+    if (freeing) return;
+    freeing = true;
+    while ((ch = to_free)) {
+        to_free = ch->next_dirty;
+        NETCHAN_ASSERT(!ch->receivers.head && !ch->lane.senders.head && !ch->matches);
+        netchan__lane_clear(&ch->lane);
+        netchan__buf_free(&ch->backlog);
+        pthread_mutex_destroy(&ch->own);
+        NETCHAN_FREE(ch);
+    }
+    freeing = false;
 }
 
 NETCHANDEF int netchan_close(netchan *ch) {

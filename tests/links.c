@@ -1,5 +1,5 @@
-/* Links between machines, over TLS on loopback: sections [9] to [13] of netchan.h. Both ends are in one process, but where a process has
- * to die. */
+/* Links between machines, over TLS on loopback: sections [9] to [13] of netchan.h. Both ends are in one process, but
+ * where a process has to die. */
 #include "alloc.h"
 
 #include <netdb.h>
@@ -37,7 +37,7 @@ enum {
 static const char KEY[] = "8f1c6d0b53a94e7720c1b7fd4a6e985f3d20e1b4c75a69887716253f4e0dac9b";
 static const char OTHER_KEY[] = "0a9b8c7d6e5f4a3b2c1d0e9f8a7b6c5d4e3f2a1b0c9d8e7f6a5b4c3d2e1f0a9b";
 
-/* --- helpers -------------------------------------------------------------------------------------------------------- */
+/* --- helpers ------------------------------------------------------------------------------------------------------ */
 
 static netchan_options options(void) {
     netchan_options o;
@@ -163,8 +163,8 @@ static int end_task(task *t) {
     return t->result;
 }
 
-/* How many operations wait on a channel of a link. With wait_for_waiters() and wait_until_shipped() the only places that look inside:
- * nothing public tells that another thread or process is blocked. */
+/* How many operations wait on a channel of a link. With wait_for_waiters() and wait_until_shipped() the only places
+ * that look inside: nothing public tells that another thread or process is blocked. */
 static size_t waiters_of(netchan *ch) {
     size_t found = 0;
     pthread_mutex_lock(&netchan__net_lock);
@@ -185,7 +185,8 @@ static void wait_until_shipped(void) {
     for (bool idle = false; !idle; sched_yield()) {
         idle = true;
         pthread_mutex_lock(&netchan__net_lock);
-        for (netchan__peer *p = netchan__net.peers; p; p = p->next_peer) idle = idle && netchan__session_idle(netchan__session_of(p));
+        for (netchan__peer *p = netchan__net.peers; p; p = p->next_peer)
+            idle = idle && netchan__session_idle(netchan__session_of(p));
         pthread_mutex_unlock(&netchan__net_lock);
     }
 }
@@ -194,7 +195,7 @@ static void wait_for_len(netchan *ch, size_t count) {
     for (long long end = test_ms() + LONG; netchan_len(ch) != count; sched_yield()) CHECK(test_ms() < end);
 }
 
-/* --- events --------------------------------------------------------------------------------------------------------- */
+/* --- events ------------------------------------------------------------------------------------------------------- */
 
 static const char *text_of(const netchan_value *event, const char *key) {
     return netchan_as_str(netchan_get(event, key), "");
@@ -231,10 +232,11 @@ static void wait_reason(netchan_link *link, const char *name, const char *word) 
 
 /* Takes what there is, and none of it may be an event of this name. */
 static void check_no_event(netchan_link *link, const char *name) {
-    for (netchan_value v; netchan_recv(link->events, &v, NETCHAN_NOWAIT) == NETCHAN_OK; netchan_clear(&v)) CHECK(!is_event(&v, name));
+    for (netchan_value v; netchan_recv(link->events, &v, NETCHAN_NOWAIT) == NETCHAN_OK; netchan_clear(&v))
+        CHECK(!is_event(&v, name));
 }
 
-/* --- many threads on two ends ------------------------------------------------------------------------------------------ */
+/* --- many threads on two ends ------------------------------------------------------------------------------------- */
 
 enum { NOT_SENT = 1 };
 
@@ -345,7 +347,8 @@ static void tally_join_receivers(tally *t) {
 static size_t tally_join(tally *t) {
     tally_join_senders(t);
     size_t sent = tally_sent(t);
-    for (long long end = test_ms() + LONG; __atomic_load_n(&t->total, __ATOMIC_ACQUIRE) < sent; sched_yield()) CHECK(test_ms() < end);
+    for (long long end = test_ms() + LONG; __atomic_load_n(&t->total, __ATOMIC_ACQUIRE) < sent; sched_yield())
+        CHECK(test_ms() < end);
     tally_join_receivers(t);
     return sent;
 }
@@ -370,7 +373,7 @@ static void tally_check(tally *t) {
     tally_free(t);
 }
 
-/* --- child processes ----------------------------------------------------------------------------------------------------- */
+/* --- child processes ---------------------------------------------------------------------------------------------- */
 
 /* A process that was forked before this one had a link. Lines go to it and come from it. */
 typedef struct child {
@@ -434,7 +437,7 @@ static void end_child(child *c) {
     close_child(c);
 }
 
-/* --- a proxy that can do what networks do ---------------------------------------------------------------------------------- */
+/* --- a proxy that can do what networks do ------------------------------------------------------------------------- */
 
 enum { PROXY_CONNS = 16, PROXY_ROOM = 8192 };
 
@@ -560,7 +563,8 @@ static void proxy_start(proxy *p, const char *target) {
     p->target = port_of(target);
     p->listener = socket(AF_INET, SOCK_STREAM, 0);
     CHECK(p->listener >= 0 && bind(p->listener, (struct sockaddr *)&a, sizeof a) == 0 && listen(p->listener, 16) == 0);
-    CHECK(getsockname(p->listener, (struct sockaddr *)&a, &size) == 0 && netchan__prepare_fd(p->listener) && pipe(p->wake) == 0);
+    CHECK(getsockname(p->listener, (struct sockaddr *)&a, &size) == 0 && netchan__prepare_fd(p->listener) &&
+          pipe(p->wake) == 0);
     snprintf(p->address, sizeof p->address, "127.0.0.1:%d", ntohs(a.sin_port));
     p->thread = test_start(proxy_main, p);
 }
@@ -587,7 +591,7 @@ static void proxy_stop(proxy *p) {
     close(p->wake[1]);
 }
 
-/* --- trust ----------------------------------------------------------------------------------------------------------------- */
+/* --- trust -------------------------------------------------------------------------------------------------------- */
 
 static void exchange(netchan *send, netchan *recv, int64_t n) {
     task t;
@@ -686,7 +690,8 @@ static void test_two_kinds_of_trust(void) {
 }
 
 static void test_weak_keys(void) {
-    static const char *const weak[] = {"", "secret", "0123456789abcdef0123456789abcde", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+    static const char *const weak[] = {"", "secret", "0123456789abcdef0123456789abcde",
+                                       "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
                                        "abababababababababababababababababababababababab"};
     netchan_options o = options();
     for (size_t i = 0; i < sizeof weak / sizeof *weak; i++) {
@@ -712,7 +717,9 @@ static void make_identity(identity *id) {
     CHECK_INT(netchan__make_cert(&t), 0);
     static const char *const marks[] = {"-----BEGIN CERTIFICATE-----\n", "-----END CERTIFICATE-----\n"};
     size_t size;
-    CHECK_INT(mbedtls_pem_write_buffer(marks[0], marks[1], t.cert.raw.p, t.cert.raw.len, (unsigned char *)id->cert, sizeof id->cert, &size), 0);
+    int e = mbedtls_pem_write_buffer(marks[0], marks[1], t.cert.raw.p, t.cert.raw.len, (unsigned char *)id->cert,
+                                     sizeof id->cert, &size);
+    CHECK_INT(e, 0);
     CHECK_INT(mbedtls_pk_write_key_pem(&t.key, (unsigned char *)id->key, sizeof id->key), 0);
     CHECK_INT(netchan_fingerprint(id->cert, id->pin, sizeof id->pin), NETCHAN_OK);
     mbedtls_x509_crt_free(&t.cert);
@@ -766,7 +773,8 @@ static void test_pins(void) {
         p.d = dial_with(p.l->address, &o);
         check_works(p.l, p.d);
         part(&p);
-        for (char *c = a.pin + 7; *c; c++) *c = (char)(*c >= 'a' ? *c - 'a' + 'A' : *c); /* people write it in capitals, too */
+        /* People write it in capitals, too. */
+        for (char *c = a.pin + 7; *c; c++) *c = (char)(*c >= 'a' ? *c - 'a' + 'A' : *c);
     }
 }
 
@@ -869,7 +877,8 @@ static void test_kinds_of_trust_do_not_mix(void) {
             CHECK(strstr(netchan_errmsg(), "shared_key") || strstr(netchan_errmsg(), "pin"));
             netchan_value v = wait_event(l, "rejected");
             const char *reason = text_of(&v, "reason");
-            if (!strstr(reason, "shared_key") && !strstr(reason, "pin")) test_fail(__FILE__, __LINE__, "%d against %d: %s", j, i, reason);
+            if (!strstr(reason, "shared_key") && !strstr(reason, "pin"))
+                test_fail(__FILE__, __LINE__, "%d against %d: %s", j, i, reason);
             netchan_clear(&v);
             hang_up(l);
         }
@@ -891,7 +900,7 @@ static void test_bad_options(void) {
     CHECK_INT(alloc_blocks(), 0);
 }
 
-/* --- addresses ------------------------------------------------------------------------------------------------------------- */
+/* --- addresses ---------------------------------------------------------------------------------------------------- */
 
 static struct addrinfo twice[2];
 static struct sockaddr_in6 twice_six;
@@ -990,9 +999,11 @@ static void test_addresses_are_tried_in_turn(void) {
 }
 
 static void test_bad_addresses(void) {
-    static const char *const bad[] = {NULL,           "",           "localhost",      "127.0.0.1",     "127.0.0.1:", "127.0.0.1:x",
-                                      "127.0.0.1:-1", "a b:1:2",    "127.0.0.1:1x",   "::1:80",        "[::1]",      "[::1]80",
-                                      "[::1:80",      "127.0.0.1: 80", "127.0.0.1:65536", "127.0.0.1:99999999999999999999"};
+    static const char *const bad[] = {
+        NULL,           "",        "localhost",    "127.0.0.1", "127.0.0.1:", "127.0.0.1:x",   "127.0.0.1:-1",
+        "127.0.0.1:1x", "a b:1:2", "::1:80",       "[::1]",     "[::1]80",    "127.0.0.1: 80", "127.0.0.1:65536",
+        "[::1:80",      "host:",   "host:0x50",    "127.0.0.1:99999999999999999999",
+    };
     netchan_options o = options();
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         check_fails(netchan_listen(bad[i], &o), "host:port");
@@ -1024,7 +1035,7 @@ static void test_address_in_use(void) {
     CHECK_INT(alloc_blocks(), 0);
 }
 
-/* --- rendezvous ------------------------------------------------------------------------------------------------------------ */
+/* --- rendezvous --------------------------------------------------------------------------------------------------- */
 
 /* The channels of one direction. */
 typedef struct way {
@@ -1065,7 +1076,8 @@ static void test_a_timed_out_send_never_arrives(void) {
         c[0] = netchan_case_send(w.send, netchan_str("too late"));
         c[1] = netchan_case_recv(NULL, NULL);
         long long start = test_ms();
-        if (i < 4) CHECK_INT(netchan_send(w.send, netchan_str("too late"), i < 2 ? SHORT : NETCHAN_NOWAIT), NETCHAN_ETIMEDOUT);
+        if (i < 4)
+            CHECK_INT(netchan_send(w.send, netchan_str("too late"), i < 2 ? SHORT : NETCHAN_NOWAIT), NETCHAN_ETIMEDOUT);
         else CHECK_INT(netchan_select(c, 2, SHORT), NETCHAN_ETIMEDOUT);
         if (i / 2 != 1) CHECK(test_ms() - start >= SHORT - 2);
         CHECK_INT(netchan_recv(w.recv, NULL, NETCHAN_NOWAIT), NETCHAN_ETIMEDOUT);
@@ -1192,7 +1204,8 @@ static void *select_both_ways(void *arg) {
     return NULL;
 }
 
-/* Selects of both sides against each other, both directions at once. Each select of one side that ends has ended one of the other. */
+/* Selects of both sides against each other, both directions at once. Each select of one side that ends has ended one
+ * of the other. */
 static void test_selects_meet(void) {
     for (int round = 0; round < 4; round++) {
         pair p = join(0, 0);
@@ -1258,7 +1271,7 @@ static void test_select_over_two_links(void) {
     part(&b);
 }
 
-/* --- buffers --------------------------------------------------------------------------------------------------------------- */
+/* --- buffers ------------------------------------------------------------------------------------------------------ */
 
 static void check_full(netchan *ch) {
     CHECK_INT(netchan_send(ch, netchan_int(-1), NETCHAN_NOWAIT), NETCHAN_ETIMEDOUT);
@@ -1399,7 +1412,7 @@ static void test_many_threads(void) {
     }
 }
 
-/* --- values ---------------------------------------------------------------------------------------------------------------- */
+/* --- values ------------------------------------------------------------------------------------------------------- */
 
 typedef struct record {
     int64_t when;
@@ -1463,7 +1476,7 @@ static void test_values_of_all_types(void) {
     all[n++] = netchan_float(-0.0);
     all[n++] = netchan_float(1e-300);
     all[n++] = netchan_str("");
-    all[n++] = netchan_str("a string of some words, longer than sixty-three bytes, so that its length stands before it");
+    all[n++] = netchan_str("a string of words, longer than sixty-three bytes, so that its length stands before it");
     all[n++] = netchan_strn("with\0NUL", 8);
     all[n++] = netchan_bytes("", 0);
     all[n++] = netchan_bytes("\0\1\2\377", 4);
@@ -1496,7 +1509,8 @@ static void test_values_of_all_sizes(void) {
     size_t sizes[64], n = 0;
     static const size_t plain[] = {0, 1, 2, 63, 64, 127, 128, 300, 16000, 65536, 1000000};
     for (size_t i = 0; i < sizeof plain / sizeof *plain; i++) sizes[n++] = plain[i];
-    for (size_t i = 0; i < 9; i++) sizes[n++] = fragment - 8 + i; /* with its head of 4 bytes, on both sides of the limit */
+    /* With its head of 4 bytes, on both sides of the limit. */
+    for (size_t i = 0; i < 9; i++) sizes[n++] = fragment - 8 + i;
     for (size_t i = 0; i < 9; i++) sizes[n++] = 2 * fragment - 8 + i;
     for (size_t i = 0; i < 4; i++) sizes[n++] = 16384 - 2 + i;
     for (size_t buffer = 0; buffer < 2; buffer++) {
@@ -1563,7 +1577,8 @@ static void test_too_large_for_the_other_side(void) {
         start_recv(&t, w.recv, NETCHAN_FOREVER); /* the listener must know for whom it is too large */
         wait_for_waiters(i < 2 ? w.recv : w.send, 1);
         for (size_t n = 0; n < sizeof sizes / sizeof *sizes; n++) {
-            CHECK_INT(netchan_send(w.send, netchan_bytes(bytes, sizes[n]), n % 2 ? LONG : NETCHAN_FOREVER), NETCHAN_ETOOBIG);
+            CHECK_INT(netchan_send(w.send, netchan_bytes(bytes, sizes[n]), n % 2 ? LONG : NETCHAN_FOREVER),
+                      NETCHAN_ETOOBIG);
             CHECK(strlen(netchan_errmsg()) > 10);
             CHECK(!is_done(&t));
         }
@@ -1645,7 +1660,7 @@ static void test_directions(void) {
     part(&p);
 }
 
-/* --- close ----------------------------------------------------------------------------------------------------------------- */
+/* --- close -------------------------------------------------------------------------------------------------------- */
 
 static void test_dialler_closes(void) {
     static const size_t sizes[] = {0, 1, 100};
@@ -1803,7 +1818,7 @@ static void test_close_in_the_middle_of_traffic(void) {
     }
 }
 
-/* --- the listening side ------------------------------------------------------------------------------------------------------ */
+/* --- the listening side ------------------------------------------------------------------------------------------- */
 
 /* A listener with three diallers, and their numbers. */
 typedef struct crowd {
@@ -1899,7 +1914,8 @@ static void test_the_merge_is_fair(void) {
             if (n == COUNT - 1)
                 for (int i = 0; i < 3; i++)
                     if (shares[i] < COUNT / 5 || shares[i] > COUNT / 2)
-                        test_fail(__FILE__, __LINE__, "of %d: %zu, %zu, %zu", (int)COUNT, shares[0], shares[1], shares[2]);
+                        test_fail(__FILE__, __LINE__, "of %d: %zu, %zu, %zu", (int)COUNT, shares[0], shares[1],
+                                  shares[2]);
         }
         for (int i = 0; i < 3; i++) {
             CHECK_INT(shares[i], COUNT); /* the peer of each value was told, and all arrived */
@@ -1929,7 +1945,7 @@ static void test_cases_tell_the_peer(void) {
     part(&p);
 }
 
-/* --- processes that die ------------------------------------------------------------------------------------------------------- */
+/* --- processes that die ------------------------------------------------------------------------------------------- */
 
 /* A dialler in a process of its own: is told the address, says "up", then receives and says what it got. */
 static void run_receiver(int in, int out) {
@@ -1986,8 +2002,8 @@ static void test_a_waiting_process_dies(void) {
     }
 }
 
-/* It is stopped when the value is shipped to it, and dies: nobody else knows whether it took it. A rendezvous says so; a value of the
- * buffer goes to somebody else, marked, or is counted. */
+/* It is stopped when the value is shipped to it, and dies: nobody else knows whether it took it. A rendezvous says so;
+ * a value of the buffer goes to somebody else, marked, or is counted. */
 static void test_a_process_dies_with_a_value(void) {
     enum { RENDEZVOUS, REDELIVERY, NO_REDELIVERY };
     for (int kind = RENDEZVOUS; kind <= NO_REDELIVERY; kind++) {
@@ -2103,14 +2119,15 @@ static void test_last_words(void) {
     }
 }
 
-/* --- dialling ----------------------------------------------------------------------------------------------------------------- */
+/* --- dialling ----------------------------------------------------------------------------------------------------- */
 
 /* A port on which nobody listens. */
 static uint16_t free_port(void) {
     struct sockaddr_in a = loopback(0);
     socklen_t size = sizeof a;
     int fd = socket(AF_INET, SOCK_STREAM, 0);
-    CHECK(fd >= 0 && bind(fd, (struct sockaddr *)&a, sizeof a) == 0 && getsockname(fd, (struct sockaddr *)&a, &size) == 0);
+    CHECK(fd >= 0 && bind(fd, (struct sockaddr *)&a, sizeof a) == 0 &&
+          getsockname(fd, (struct sockaddr *)&a, &size) == 0);
     close(fd);
     return ntohs(a.sin_port);
 }
@@ -2250,8 +2267,8 @@ static void test_the_listener_is_restarted(void) {
     CHECK_INT(alloc_blocks(), 0);
 }
 
-/* A send that waits when the connection breaks, and whose value never left this process or was not taken, is not lost: it goes to the
- * next listener, or its result says that nobody knows. */
+/* A send that waits when the connection breaks, and whose value never left this process or was not taken, is not lost:
+ * it goes to the next listener, or its result says that nobody knows. */
 static void test_sends_wait_through_a_break(void) {
     netchan_options o = options();
     netchan_link *l = listen_with(&o);
@@ -2289,7 +2306,7 @@ static void test_sends_wait_through_a_break(void) {
     CHECK_INT(alloc_blocks(), 0);
 }
 
-/* --- networks that break -------------------------------------------------------------------------------------------------------- */
+/* --- networks that break ------------------------------------------------------------------------------------------ */
 
 static void test_heartbeats_keep_an_idle_link(void) {
     netchan_options o = options();
@@ -2351,7 +2368,8 @@ static void cut_often(proxy *p, int times, uint64_t seed) {
     for (int i = 0; i < times; i++) {
         unsigned cuts = __atomic_load_n(&p->cuts, __ATOMIC_ACQUIRE);
         proxy_cut_after(p, (long)(test_random(&seed) % 20000));
-        for (long long end = test_ms() + LONG; __atomic_load_n(&p->cuts, __ATOMIC_ACQUIRE) == cuts; sched_yield()) CHECK(test_ms() < end);
+        for (long long end = test_ms() + LONG; __atomic_load_n(&p->cuts, __ATOMIC_ACQUIRE) == cuts; sched_yield())
+            CHECK(test_ms() < end);
     }
 }
 
@@ -2368,7 +2386,9 @@ static void test_cuts_and_rendezvous(void) {
     cut_often(&p, CUTS, 5);
     for (int i = 0; i < 2; i++) { /* it works again */
         size_t before = __atomic_load_n(&t[i].total, __ATOMIC_ACQUIRE);
-        for (long long end = test_ms() + LONG; __atomic_load_n(&t[i].total, __ATOMIC_ACQUIRE) < before + 10; sched_yield()) CHECK(test_ms() < end);
+        for (long long end = test_ms() + LONG; __atomic_load_n(&t[i].total, __ATOMIC_ACQUIRE) < before + 10;
+             sched_yield())
+            CHECK(test_ms() < end);
     }
     for (int i = 0; i < 2; i++) __atomic_store_n(&t[i].enough, true, __ATOMIC_RELEASE);
     for (int i = 0; i < 2; i++) {
@@ -2471,7 +2491,7 @@ static void test_cuts_and_a_work_queue(void) {
     }
 }
 
-/* --- hanging up ------------------------------------------------------------------------------------------------------------------- */
+/* --- hanging up --------------------------------------------------------------------------------------------------- */
 
 static void test_hangup_of_nothing(void) {
     netchan_report report;
@@ -2538,7 +2558,8 @@ static void test_hangup_counts_what_nobody_takes(void) {
     }
 }
 
-/* The other side reads nothing any more. All that was sent with OK is in the report: part of it left, part of it is still here. */
+/* The other side reads nothing any more. All that was sent with OK is in the report: part of it left, part of it is
+ * still here. */
 static void test_hangup_counts_what_is_stuck(void) {
     enum { SIZE = 16000, MOST = 4000 };
     static uint8_t bytes[SIZE];
@@ -2619,7 +2640,8 @@ static void test_hangup_in_the_middle_of_traffic(void) {
             missing += n < s.count && t.received[n] == 0;
         }
         if (missing > report.undelivered + report.unknown)
-            test_fail(__FILE__, __LINE__, "buffer %d: %zu missing, report %zu and %zu", i % 3 * 8, missing, report.undelivered, report.unknown);
+            test_fail(__FILE__, __LINE__, "buffer %d: %zu missing, report %zu and %zu", i % 3 * 8, missing,
+                      report.undelivered, report.unknown);
         netchan_free(send);
         tally_free(&t);
         hang_up(l);
@@ -2633,7 +2655,8 @@ static void test_hangup_ends_who_waits(void) {
         o.linger_ms = SHORT;
         netchan_link *l = listen_with(&o), *d = dial_with(l->address, &o);
         netchan_link *first = direction ? l : d;
-        netchan *send = netchan_retain(first->send), *recv = netchan_retain(first->recv), *events = netchan_retain(first->events);
+        netchan *send = netchan_retain(first->send), *recv = netchan_retain(first->recv);
+        netchan *events = netchan_retain(first->events);
         netchan *local = netchan_make(0);
         netchan_case c[2];
         task t[6];
@@ -2665,14 +2688,17 @@ static void test_hangup_ends_who_waits(void) {
         netchan_clear(&t[5].value);
         netchan *left[3] = {send, recv, events};
         for (int i = 0; i < 3; i++) { /* what was retained is closed */
-            CHECK_INT(i ? netchan_recv(left[i], NULL, NETCHAN_FOREVER) : netchan_send(left[i], netchan_int(1), NETCHAN_FOREVER), NETCHAN_ECLOSED);
-            CHECK_INT(i ? netchan_recv(left[i], NULL, NETCHAN_NOWAIT) : netchan_send(left[i], netchan_int(1), NETCHAN_NOWAIT), NETCHAN_ECLOSED);
+            for (int ms = NETCHAN_FOREVER; ms <= NETCHAN_NOWAIT; ms++) {
+                if (i) CHECK_INT(netchan_recv(left[i], NULL, ms), NETCHAN_ECLOSED);
+                else CHECK_INT(netchan_send(left[i], netchan_int(1), ms), NETCHAN_ECLOSED);
+            }
             netchan_len(left[i]);
             netchan_cap(left[i]);
         }
         CHECK_INT(netchan_close(send), NETCHAN_ECLOSED);
         netchan_hangup(direction ? d : l, NULL);
-        CHECK_INT(netchan_recv(recv, NULL, NETCHAN_FOREVER), NETCHAN_ECLOSED); /* also when there is no thread any more */
+        /* Also when there is no thread any more. */
+        CHECK_INT(netchan_recv(recv, NULL, NETCHAN_FOREVER), NETCHAN_ECLOSED);
         CHECK_INT(netchan_send(send, netchan_int(1), LONG), NETCHAN_ECLOSED);
         for (int i = 0; i < 3; i++) netchan_free(left[i]);
         netchan_free(local);
@@ -2722,7 +2748,10 @@ static size_t open_files(void) {
 static void test_nothing_is_left_behind(void) {
     size_t files = 0, threads = 0;
     for (int i = 0; i < 200 / LESS; i++) {
-        if (i == 1) files = open_files(), threads = entries_of("/proc/self/task"); /* mbedTLS or the C library may keep something */
+        if (i == 1) { /* mbedTLS or the C library may keep something of the first */
+            files = open_files();
+            threads = entries_of("/proc/self/task");
+        }
         pair p = join(0, 1);
         if (i % 4 == 0) check_works(p.l, p.d);
         part(&p);
@@ -2749,7 +2778,7 @@ static void test_links_in_many_threads(void) {
     CHECK_INT(alloc_blocks(), 0);
 }
 
-/* --- events ------------------------------------------------------------------------------------------------------------------------ */
+/* --- events ------------------------------------------------------------------------------------------------------- */
 
 static void wait_for_no_peers(netchan_link *l) {
     netchan__endpoint *e = (netchan__endpoint *)(void *)l;

@@ -1,12 +1,12 @@
-/* The commit protocol, sections [6] to [9] of netchan.h, under random schedules. One thread, no sockets, no TLS, no clock: nodes live
- * side by side in this process, a connection is two sessions and the bytes on their way between them, and a generator that starts
- * from a seed decides what happens next.
+/* The commit protocol, sections [6] to [9] of netchan.h, under random schedules. One thread, no sockets, no TLS, no
+ * clock: nodes live side by side in this process, a connection is two sessions and the bytes on their way between them,
+ * and a generator that starts from a seed decides what happens next.
  *
  *     protocol [SEEDS] [SEED0]     runs seeds SEED0, SEED0 + 1, ...; what fails is told as `seed N: what`
  *     TRACE=1 protocol 1 N         replays seed N step by step
  *
- * Threads of a node are replaced by tasks: operations on the heap that are begun, expired and left exactly as netchan__run() does
- * it, but never waited for. */
+ * Tasks take the place of threads: operations on the heap that are begun, expired and left exactly as netchan__run()
+ * does it, but never waited for. */
 #include "alloc.h"
 
 #include <stdint.h>
@@ -14,8 +14,8 @@
 static void broken(const char *format, ...) __attribute__((format(printf, 1, 2), noreturn));
 static uint64_t draw(void);
 
-/* The order in which the cases of a select are tried comes from the seed, too: this renames the definition in netchan.h and
- * replaces the calls. */
+/* The order in which the cases of a select are tried comes from the seed, too: this renames the definition in netchan.h
+ * and replaces the calls. */
 #define netchan__random(parameters) RANDOM_##parameters
 #define RANDOM_void random_by_clock(void)
 #define RANDOM_ draw()
@@ -47,7 +47,9 @@ enum {
     MAX_MESSAGE = 110000              /* bytes */
 };
 
-/* --- the world ------------------------------------------------------------------------------------------------------ */
+typedef unsigned long long ull; /* for printf */
+
+/* --- the world ---------------------------------------------------------------------------------------------------- */
 
 typedef enum place_kind { LOCAL, WORK, MERGE, END_SEND, END_RECV } place_kind;
 static const char *const kind_names[] = {"local", "work", "merge", "end_send", "end_recv"};
@@ -144,7 +146,7 @@ static struct world {
     uint64_t last_peer;
     bool over; /* everybody hangs up */
     uint32_t last[MAX_PLACES][MAX_THREADS][MAX_THREADS];       /* the newest op of a thread whose value a thread took */
-    uint32_t last_at[MAX_PLACES][MAX_THREADS][MAX_PLACES];     /* the same for all threads at a place; small values only */
+    uint32_t last_at[MAX_PLACES][MAX_THREADS][MAX_PLACES];     /* the same for a place; small values only */
 } world;
 
 static value values[MAX_VALUES];
@@ -158,7 +160,7 @@ static void broken(const char *format, ...) {
     va_start(args, format);
     vsnprintf(text, sizeof text, format, args);
     va_end(args);
-    printf("seed %llu: %s\n", (unsigned long long)seed, text);
+    printf("seed %llu: %s\n", (ull)seed, text);
     fflush(stdout);
     _exit(TEST_FAILED);
 }
@@ -200,7 +202,7 @@ static void be(size_t node) {
     memcpy(netchan__net.process, world.process[node], sizeof netchan__net.process);
 }
 
-/* --- values --------------------------------------------------------------------------------------------------------- */
+/* --- values ------------------------------------------------------------------------------------------------------- */
 
 static uint64_t number_of(const value *v) {
     return (uint64_t)(v - values) + 1;
@@ -236,7 +238,8 @@ static value *identify(const netchan_value *v) {
     const uint8_t *bytes = (const uint8_t *)netchan_as_block(v, NETCHAN_BYTES, &size);
     if (bytes && size >= 9) {
         number = netchan__load(bytes, 8);
-        if (bytes[8] != (number & 0xff) || memcmp(bytes + 8, bytes + 9, size - 9) != 0) broken("a value of %zu bytes is damaged", size);
+        if (bytes[8] != (number & 0xff) || memcmp(bytes + 8, bytes + 9, size - 9) != 0)
+            broken("a value of %zu bytes is damaged", size);
     }
     if (number < 1 || number > world.value_count) broken("a value that nobody sent, of type %d", v->type);
     return &values[number - 1];
@@ -262,7 +265,7 @@ static size_t late_count;
 
 static void check_order(const value *v, const task *t, const place *at) {
     if (v->place->losses) return;
-    unsigned long long number = (unsigned long long)number_of(v);
+    ull number = (ull)number_of(v);
     uint32_t op = (uint32_t)v->op, *last = &world.last[v->place->index][v->thread][t->thread];
     uint32_t *last_at = &world.last_at[v->place->index][v->thread][at->index];
     if (*last >= op) broken("value %llu of op %u was taken by the thread that took that of op %u", number, op, *last);
@@ -275,9 +278,12 @@ static void check_order(const value *v, const task *t, const place *at) {
 
 static void check_taker(const value *v, const task *t, const place *at) {
     uint64_t peer = t->op.peer;
-    if (at->kind == LOCAL ? peer != 0 : peer == 0 || peer > world.last_peer) broken("a value came from peer %llu", (unsigned long long)peer);
-    if (at->kind == END_RECV && (world.peers[peer].wire != at->wire || world.peers[peer].which != 0)) broken("a value came over another link");
-    if (at->kind == MERGE && (world.peers[peer].wire != v->place->wire || world.peers[peer].which != 1)) broken("a value came from another peer");
+    if (at->kind == LOCAL ? peer != 0 : peer == 0 || peer > world.last_peer)
+        broken("a value came from peer %llu", (ull)peer);
+    if (at->kind == END_RECV && (world.peers[peer].wire != at->wire || world.peers[peer].which != 0))
+        broken("a value came over another link");
+    if (at->kind == MERGE && (world.peers[peer].wire != v->place->wire || world.peers[peer].which != 1))
+        broken("a value came from another peer");
 }
 
 static void take(task *t, place *at) {
@@ -285,23 +291,23 @@ static void take(task *t, place *at) {
     place *from = v->place;
     uint64_t number = number_of(v);
     netchan_clear(&t->op.value);
-    trace("    value %llu is taken by op %llu%s", (unsigned long long)number, (unsigned long long)t->op.id, t->op.redelivered ? " (again)" : "");
-    if (!leads_to(from, at)) broken("value %llu was taken where it does not belong", (unsigned long long)number);
-    if (v->fate == NEVER) broken("value %llu was taken, but its send did not happen", (unsigned long long)number);
-    if (v->barred) broken("value %llu was taken, but its channel was closed before", (unsigned long long)number);
-    if (v->op == t->op.id) broken("op %llu served itself", (unsigned long long)v->op);
-    if (from->drained && !from->losses) broken("value %llu was taken after ECLOSED", (unsigned long long)number);
+    trace("    value %llu is taken by op %llu%s", (ull)number, (ull)t->op.id, t->op.redelivered ? " (again)" : "");
+    if (!leads_to(from, at)) broken("value %llu was taken where it does not belong", (ull)number);
+    if (v->fate == NEVER) broken("value %llu was taken, but its send did not happen", (ull)number);
+    if (v->barred) broken("value %llu was taken, but its channel was closed before", (ull)number);
+    if (v->op == t->op.id) broken("op %llu served itself", (ull)v->op);
+    if (from->drained && !from->losses) broken("value %llu was taken after ECLOSED", (ull)number);
     if (t->op.redelivered && (from->kind != WORK || !from->cap || !from->losses || world.plan.no_redelivery))
-        broken("value %llu is marked as redelivered", (unsigned long long)number);
+        broken("value %llu is marked as redelivered", (ull)number);
     v->taken++;
     v->again += t->op.redelivered;
-    if (v->taken - v->again > 1) broken("value %llu was taken twice", (unsigned long long)number);
+    if (v->taken - v->again > 1) broken("value %llu was taken twice", (ull)number);
     if (v->taken == 1 && v->fate == SENT) from->held--;
     check_taker(v, t, at);
     check_order(v, t, at);
 }
 
-/* --- how operations end --------------------------------------------------------------------------------------------- */
+/* --- how operations end ------------------------------------------------------------------------------------------- */
 
 static void check_held(const place *p) {
     bool may_vanish = p->losses && (p->kind == END_SEND || world.plan.no_redelivery);
@@ -313,14 +319,16 @@ static void sent(task *t, size_t i) {
     place *p = v->place;
     uint64_t peer = t->op.peer;
     v->fate = SENT;
-    if (v->barred) broken("value %llu was sent, but its channel was closed before", (unsigned long long)number_of(v));
-    if (is_rendezvous(v) && v->taken != 1) broken("value %llu was sent with OK and taken %u times", (unsigned long long)number_of(v), v->taken);
+    if (v->barred) broken("value %llu was sent, but its channel was closed before", (ull)number_of(v));
+    if (is_rendezvous(v) && v->taken != 1)
+        broken("value %llu was sent with OK and taken %u times", (ull)number_of(v), v->taken);
     if (!v->taken) p->held++;
     check_held(p);
     if (peer > world.last_peer || (peer == 0) != (p->kind == LOCAL || (p->kind == WORK && p->cap)))
-        broken("a value went to peer %llu from %s", (unsigned long long)peer, describe(p));
+        broken("a value went to peer %llu from %s", (ull)peer, describe(p));
     if (p->kind == END_SEND && world.peers[peer].wire != p->wire) broken("a value went over another link");
-    if (p->kind == WORK && peer && world.peers[peer].wire->home != p->node) broken("a value went to a peer of another node");
+    if (p->kind == WORK && peer && world.peers[peer].wire->home != p->node)
+        broken("a value went to a peer of another node");
 }
 
 static void end_send(task *t, size_t i, int result) {
@@ -369,16 +377,17 @@ static void end_receive(task *t, place *p, int result) {
 static void tell(task *t) {
     int index = t->op.index, result = t->op.result;
     t->told = true;
-    trace("    op %llu ends: case %d, %s", (unsigned long long)t->op.id, index, netchan_strerror(result));
+    trace("    op %llu ends: case %d, %s", (ull)t->op.id, index, netchan_strerror(result));
     if (index < -1 || index >= (int)t->op.count) broken("case %d of %zu happened", index, t->op.count);
     if (index < 0 && (result != NETCHAN_ETIMEDOUT || (t->timeout_ms && !t->expired)))
-        broken("op %llu ended with %d without a case", (unsigned long long)t->op.id, result);
-    if (index < 0 && t->timeout_ms == 0 && t->op.tries) broken("op %llu ended before all homes had answered", (unsigned long long)t->op.id);
+        broken("op %llu ended with %d without a case", (ull)t->op.id, result);
+    if (index < 0 && t->timeout_ms == 0 && t->op.tries)
+        broken("op %llu ended before all homes had answered", (ull)t->op.id);
     for (size_t i = 0; i < t->op.count; i++) {
         value *v = t->values[i];
         if (!v || (int)i == index) continue;
         v->fate = NEVER;
-        if (v->taken) broken("value %llu was taken, but op %llu ended otherwise", (unsigned long long)number_of(v), (unsigned long long)t->op.id);
+        if (v->taken) broken("value %llu was taken, but op %llu ended otherwise", (ull)number_of(v), (ull)t->op.id);
     }
     if (index < 0) return;
     if (t->values[index]) end_send(t, (size_t)index, result);
@@ -400,12 +409,13 @@ static void observe(void) {
     }
 }
 
-/* --- tasks ---------------------------------------------------------------------------------------------------------- */
+/* --- tasks -------------------------------------------------------------------------------------------------------- */
 
 static void leave(task *t) {
     for (size_t i = 0; i < t->op.count; i++) {
         const netchan__waiter *w = &t->waiters[i];
-        if (w->queue || w->match || w->claim || w->id || w->peer) broken("op %llu is over, but case %zu is not", (unsigned long long)t->op.id, i);
+        if (w->queue || w->match || w->claim || w->id || w->peer)
+            broken("op %llu is over, but case %zu is not", (ull)t->op.id, i);
     }
     pthread_cond_destroy(&t->op.cond);
     pthread_mutex_destroy(&t->op.mutex);
@@ -429,7 +439,7 @@ static void reap(task *t) {
 }
 
 static void expire(task *t) {
-    trace("op %llu: its time is up", (unsigned long long)t->op.id);
+    trace("op %llu: its time is up", (ull)t->op.id);
     be(t->thread / THREADS);
     t->expired = true;
     netchan__lock_all(&t->op, &t->locks);
@@ -473,7 +483,7 @@ static void add_case(task *t, place *p, bool is_send) {
         t->cases[i] = netchan_case_send(p->ch, make_value(t, i));
     }
     trace("    %s %s, value %llu", is_send ? "send to" : "receive from", p ? describe(p) : "nil",
-          (unsigned long long)(p && is_send ? number_of(t->values[i]) : 0));
+          (ull)(p && is_send ? number_of(t->values[i]) : 0));
 }
 
 /* As netchan__operate() begins. */
@@ -504,7 +514,7 @@ static void start(size_t thread) {
     bool nowait = chance(world.plan.nowait), finite = chance(world.plan.finite);
     task *t = make_task(thread, nowait ? 0 : finite ? 1000 : NETCHAN_FOREVER);
     size_t cases = chance(world.plan.selects) ? 2 + below(MAX_CASES - 1) : 1;
-    trace("node %zu, thread %zu: op %llu begins, %s", node, thread % THREADS, (unsigned long long)t->op.id,
+    trace("node %zu, thread %zu: op %llu begins, %s", node, thread % THREADS, (ull)t->op.id,
           nowait ? "without waiting" : finite ? "for a time" : "for ever");
     for (size_t i = 0; i < cases; i++) {
         place *p = i && chance(3) ? NULL : usable[below(count)];
@@ -534,7 +544,7 @@ static void close_place(place *p) {
     if (netchan_close(p->ch) != NETCHAN_ECLOSED) broken("a channel was closed twice");
 }
 
-/* --- connections ---------------------------------------------------------------------------------------------------- */
+/* --- connections -------------------------------------------------------------------------------------------------- */
 
 static size_t node_of(const side *x) {
     return x == &x->conn->sides[0] ? x->conn->wire->dialler : x->conn->wire->home;
@@ -545,7 +555,8 @@ static side *other_side(side *x) {
 }
 
 static const char *frame_name(unsigned type) {
-    static const char *const from_dialler[] = {"OFFER", "DEMAND", "WITHDRAW", "GRANT", "DECLINE", "TAKEN", "DATA", "CLOSE", "FRAGMENT"};
+    static const char *const from_dialler[] = {"OFFER", "DEMAND", "WITHDRAW", "GRANT", "DECLINE", "TAKEN", "DATA",
+        "CLOSE", "FRAGMENT"};
     static const char *const from_home[] = {"CLAIM", "COMMIT", "RELEASE", "ACCEPT", "WITHDRAWN", "CREDIT", "CLOSED"};
     if (type >= NETCHAN__OFFER && type <= NETCHAN__FRAGMENT_OF) return from_dialler[type - NETCHAN__OFFER];
     if (type >= NETCHAN__CLAIM && type <= NETCHAN__CLOSED) return from_home[type - NETCHAN__CLAIM];
@@ -554,10 +565,11 @@ static const char *frame_name(unsigned type) {
 
 static uint64_t traced_emit(netchan__peer *p, const netchan__frame *f) {
     const side *x = (const side *)netchan__session_of(p)->owner;
-    trace("    link %td, %s: %s channel %llu entry %llu op %llu match %llu flags %llu number %llu size %llu", x->conn->wire - world.wires,
-          x == &x->conn->sides[0] ? "dialler" : "home", frame_name(f->type), (unsigned long long)f->channel, (unsigned long long)f->entry,
-          (unsigned long long)f->op, (unsigned long long)f->match, (unsigned long long)f->flags, (unsigned long long)f->number,
-          (unsigned long long)f->size);
+    trace("    link %td, %s: %s channel %llu entry %llu op %llu match %llu flags %llu number %llu size %llu",
+          x->conn->wire - world.wires,
+          x == &x->conn->sides[0] ? "dialler" : "home", frame_name(f->type), (ull)f->channel, (ull)f->entry,
+          (ull)f->op, (ull)f->match, (ull)f->flags, (ull)f->number,
+          (ull)f->size);
     return netchan__session_emit(p, f);
 }
 
@@ -664,12 +676,15 @@ static bool pump(side *x) {
     if (size && other_side(x)->session) CHECK(netchan__buf_append(&other_side(x)->in, data, size));
     netchan__session_sent(x->session, size);
     unlock_net();
-    if (size) trace("link %td, %s: %zu bytes leave", x->conn->wire - world.wires, x == &x->conn->sides[0] ? "dialler" : "home", size);
+    if (size)
+        trace("link %td, %s: %zu bytes leave", x->conn->wire - world.wires,
+              x == &x->conn->sides[0] ? "dialler" : "home", size);
     return size > 0;
 }
 
 static void deliver(side *x, size_t size) {
-    trace("link %td, %s: %zu of %zu bytes arrive", x->conn->wire - world.wires, x == &x->conn->sides[0] ? "dialler" : "home", size,
+    trace("link %td, %s: %zu of %zu bytes arrive", x->conn->wire - world.wires,
+          x == &x->conn->sides[0] ? "dialler" : "home", size,
           netchan__buf_size(&x->in));
     be(node_of(x));
     lock_net();
@@ -701,7 +716,7 @@ static void lose(side *x) {
     } else world.work[link->home]->unknown += unknown;
 }
 
-/* --- checks after every step ---------------------------------------------------------------------------------------- */
+/* --- checks after every step -------------------------------------------------------------------------------------- */
 
 /* Does this waiter wait and nothing else? Who is engaged elsewhere looks around again when it is released. */
 static bool is_idle(const netchan__waiter *w) {
@@ -709,8 +724,10 @@ static bool is_idle(const netchan__waiter *w) {
 }
 
 static void check_lane(const netchan__lane *lane) {
-    if (lane->count + lane->out + lane->reserved + lane->lent > lane->cap) broken("capacity %zu is exceeded", lane->cap);
-    if (lane->pinned > lane->out || lane->out > lane->matching || lane->reserved > lane->matching) broken("a lane counts wrong");
+    if (lane->count + lane->out + lane->reserved + lane->lent > lane->cap)
+        broken("capacity %zu is exceeded", lane->cap);
+    if (lane->pinned > lane->out || lane->out > lane->matching || lane->reserved > lane->matching)
+        broken("a lane counts wrong");
     bool ready = lane->cap ? lane->count > 0 && !lane->pinned : lane->senders.head != NULL;
     if (lane->is_ready != ready && !lane->closing) broken("a lane is listed wrong");
 }
@@ -725,7 +742,8 @@ static void check_pairs(const netchan__lane *lane) {
     for (const netchan__waiter *r = lane->ch->receivers.head; r; r = r->next) {
         bool ready = is_idle(r) && lane->cap && lane->count && !lane->pinned;
         if (ready && !may_wait(r, lane->slots[lane->first].size)) broken("a value and a receiver were left");
-        for (const netchan__waiter *s = lane->senders.head; s && is_idle(r) && !lane->cap && !lane->closing; s = s->next)
+        for (const netchan__waiter *s = lane->senders.head; s && is_idle(r) && !lane->cap &&
+             !lane->closing; s = s->next)
             if (is_idle(s) && !netchan__same_op(s, r) && netchan__has_room(s) && !may_wait(r, s->size))
                 broken("a sender and a receiver were left");
     }
@@ -750,10 +768,11 @@ static void check_step(void) {
             check_pairs(lane);
         }
     }
-    if (netchan__net.released || netchan__net.declined || netchan__net.dirty || netchan__net.changed) broken("something is not settled");
+    if (netchan__net.released || netchan__net.declined || netchan__net.dirty || netchan__net.changed)
+        broken("something is not settled");
 }
 
-/* --- checks at rest: all bytes delivered, all time up --------------------------------------------------------------- */
+/* --- checks at rest: all bytes delivered, all time up ------------------------------------------------------------- */
 
 static bool is_up(const wire *link) {
     return link->conn && link->conn->sides[0].bound && link->conn->sides[1].bound && link->conn->sides[1].session;
@@ -762,7 +781,7 @@ static bool is_up(const wire *link) {
 static void check_waiting(const task *t, size_t i) {
     const place *p = t->places[i];
     const netchan__waiter *w = &t->waiters[i];
-    unsigned long long op = (unsigned long long)t->op.id;
+    ull op = (ull)t->op.id;
     if (!p) return;
     if (w->match || w->claim) broken("case %zu of op %llu is being negotiated for ever", i, op);
     if (w->is_send ? p->ch->closing : p->ch->closed) broken("op %llu waits on a closed channel, %s", op, describe(p));
@@ -771,15 +790,17 @@ static void check_waiting(const task *t, size_t i) {
     if (w->is_send && p->cap && !w->id) return; /* for credit */
     const netchan__peer *home = &p->wire->conn->sides[1].session->peer;
     const netchan__waiter *entry = (const netchan__waiter *)netchan__map_get(&home->waiters, w->id);
-    if (!w->id || !entry || !entry->queue || entry->op_id != t->op.id) broken("op %llu waits, but its home does not know it", op);
+    if (!w->id || !entry || !entry->queue || entry->op_id != t->op.id)
+        broken("op %llu waits, but its home does not know it", op);
 }
 
 static void check_tasks(void) {
     for (size_t i = 0; i < MAX_THREADS; i++) {
         const task *t = world.tasks[i];
         if (!t || t->told) continue;
-        if (t->timeout_ms >= 0) broken("op %llu does not end, though its time is up", (unsigned long long)t->op.id);
-        if (netchan__state(&t->op) != NETCHAN__OPEN) broken("op %llu is stuck in state %d", (unsigned long long)t->op.id, netchan__state(&t->op));
+        if (t->timeout_ms >= 0) broken("op %llu does not end, though its time is up", (ull)t->op.id);
+        if (netchan__state(&t->op) != NETCHAN__OPEN)
+            broken("op %llu is stuck in state %d", (ull)t->op.id, netchan__state(&t->op));
         for (size_t j = 0; j < t->op.count; j++) check_waiting(t, j);
     }
 }
@@ -792,18 +813,22 @@ static void check_peers(const wire *link) {
         const netchan__waiter *entry = (const netchan__waiter *)home->waiters.slots[i].item, *w;
         if (!home->waiters.slots[i].key) continue;
         w = (const netchan__waiter *)netchan__map_get(&netchan__net.waiters, entry->id);
-        if (!w || w->peer != dialler) broken("a home remembers op %llu, which is over", (unsigned long long)entry->op_id);
+        if (!w || w->peer != dialler) broken("a home remembers op %llu, which is over", (ull)entry->op_id);
         if (entry->here) offered += entry->size;
     }
     if (dialler->offered != offered || home->offered != offered)
         broken("%zu bytes are offered, and counted as %zu and %zu", offered, dialler->offered, home->offered);
-    if (dialler->reserved || home->reserved) broken("%zu and %zu bytes stay reserved", dialler->reserved, home->reserved);
+    if (dialler->reserved || home->reserved)
+        broken("%zu and %zu bytes stay reserved", dialler->reserved, home->reserved);
     if (home->lane && !home->lane->closing && home->lane->lent != link->send->ch->credit)
         broken("%zu slots are lent, but the credit is %zu", home->lane->lent, link->send->ch->credit);
-    if (link->send->closed && home->lane && !home->lane->closing) broken("%s is closed, and its home does not know", describe(link->send));
-    if (world.work[link->home]->ch->closed != link->recv->ch->closed) broken("CLOSED did not arrive at %s", describe(link->recv));
+    if (link->send->closed && home->lane && !home->lane->closing)
+        broken("%s is closed, and its home does not know", describe(link->send));
+    if (world.work[link->home]->ch->closed != link->recv->ch->closed)
+        broken("CLOSED did not arrive at %s", describe(link->recv));
     if (home->shipping) broken("%zu bytes stay counted as being shipped", home->shipping);
-    if (home->lane && home->lane->cap && !home->lane->closing && !home->lane->count && link->send->ch->lane.senders.head)
+    if (home->lane && home->lane->cap && !home->lane->closing && !home->lane->count &&
+        link->send->ch->lane.senders.head)
         broken("a sender at %s waits for an empty buffer", describe(link->send));
 }
 
@@ -812,20 +837,24 @@ static void check_channels(void) {
     for (size_t i = 0; i < world.place_count; i++) {
         const place *p = &world.places[i];
         for (const netchan__lane *lane = p->ch->is_end ? NULL : p->ch->lanes; lane; lane = lane->next) {
-            if (lane->out || lane->reserved || lane->pinned || lane->matching) broken("a lane of %s is not at rest", describe(p));
+            if (lane->out || lane->reserved || lane->pinned || lane->matching)
+                broken("a lane of %s is not at rest", describe(p));
             if (p->kind == MERGE && lane->closing && !lane->count) broken("a lane that is closed and empty is left");
         }
         if (p->ch->is_end || !p->closed) continue;
-        if (p->ch->closed != (p->ch->lane.count == 0)) broken("%s is closed, and %zu values are left", describe(p), p->ch->lane.count);
+        if (p->ch->closed != (p->ch->lane.count == 0))
+            broken("%s is closed, and %zu values are left", describe(p), p->ch->lane.count);
     }
 }
 
 static void mark_present(const netchan_value *v, const place *at) {
     value *found = identify(v);
-    unsigned long long number = (unsigned long long)number_of(found);
-    if (found->place != at && !(at->kind == MERGE && leads_to(found->place, at))) broken("value %llu is in a wrong buffer", number);
+    ull number = (ull)number_of(found);
+    if (found->place != at && !(at->kind == MERGE && leads_to(found->place, at)))
+        broken("value %llu is in a wrong buffer", number);
     if (found->present) broken("value %llu is there twice", number);
-    if (found->fate != SENT && (found->fate != UNKNOWN || !found->place->cap)) broken("value %llu is in a buffer, and its fate is %d", number, (int)found->fate);
+    if (found->fate != SENT && (found->fate != UNKNOWN || !found->place->cap))
+        broken("value %llu is in a buffer, and its fate is %d", number, (int)found->fate);
     found->present = true;
 }
 
@@ -851,19 +880,23 @@ static void check_values(void) {
             for (size_t j = 0; j < lane->count; j++) {
                 const netchan__slot *slot = &lane->slots[(lane->first + j) & (lane->room - 1)];
                 mark_present(&slot->value, p);
-                if (identify(&slot->value)->taken && !slot->redelivered) broken("value %zu was taken and is still there", i);
+                if (identify(&slot->value)->taken && !slot->redelivered)
+                    broken("value %zu was taken and is still there", i);
             }
         if (p->ch->is_end) mark_backlog(p);
     }
     for (size_t i = 0; i < world.value_count; i++) {
         const value *v = &values[i];
-        if (v->taken && v->fate != SENT && v->fate != UNKNOWN) broken("value %zu was taken, and its fate is %d", i + 1, (int)v->fate);
+        if (v->taken && v->fate != SENT && v->fate != UNKNOWN)
+            broken("value %zu was taken, and its fate is %d", i + 1, (int)v->fate);
         if (v->fate == SENT && !v->taken && !v->present) vanished[v->place->index]++;
     }
     for (size_t i = 0; i < world.place_count; i++) {
         const place *p = &world.places[i];
-        uint64_t unknown = p->kind == END_SEND ? p->wire->unknown : p->kind == WORK && world.plan.no_redelivery ? p->unknown : 0;
-        if (vanished[i] > unknown) broken("%zu values vanished from %s, %llu are counted", vanished[i], describe(p), (unsigned long long)unknown);
+        uint64_t unknown = p->kind == END_SEND ? p->wire->unknown : p->kind == WORK &&
+            world.plan.no_redelivery ? p->unknown : 0;
+        if (vanished[i] > unknown)
+            broken("%zu values vanished from %s, %llu are counted", vanished[i], describe(p), (ull)unknown);
     }
 }
 
@@ -919,7 +952,7 @@ static void check_rest(void) {
 /* Takes one value if there is one. */
 static bool drain_one(place *p) {
     task *t = make_task(p->node * THREADS + THREADS - 1, NETCHAN_NOWAIT);
-    trace("op %llu drains", (unsigned long long)t->op.id);
+    trace("op %llu drains", (ull)t->op.id);
     add_case(t, p, false);
     run_task(t);
     let_flow();
@@ -941,14 +974,16 @@ static void drain(void) {
     for (size_t i = 0; i < world.value_count; i++) {
         const place *p = values[i].place;
         const netchan__lane *lane = &p->ch->lane;
-        if (p->kind == WORK && lane->count && lane->slots[lane->first].size > NETCHAN__FRAGMENT) continue; /* larger than its peers take */
+        if (p->kind == WORK && lane->count &&
+            lane->slots[lane->first].size > NETCHAN__FRAGMENT) continue; /* larger than its peers take */
         bool reachable = p->kind == LOCAL || (p->kind == END_SEND && is_up(p->wire));
-        for (size_t j = 0; j < world.plan.links; j++) reachable |= p == world.work[world.wires[j].home] && is_up(&world.wires[j]);
+        for (size_t j = 0; j < world.plan.links; j++) reachable |= p == world.work[world.wires[j].home] &&
+            is_up(&world.wires[j]);
         if (values[i].present && reachable) broken("value %zu cannot be drained from %s", i + 1, describe(p));
     }
 }
 
-/* --- one run -------------------------------------------------------------------------------------------------------- */
+/* --- one run ------------------------------------------------------------------------------------------------------ */
 
 static void draw_plan(plan *p) {
     static const size_t memories[] = {100000, 2 * MAX_MESSAGE, 2 << 20, 64 << 20};
@@ -1017,7 +1052,8 @@ static void build(void) {
     for (size_t i = 0; i < world.plan.nodes; i++)
         for (size_t j = below(LOCALS + 1); j > 0; j--) add_place(i, LOCAL, draw_capacity(), NULL);
     for (size_t i = 0; i < world.plan.links; i++) add_link(&world.wires[i], i == 0);
-    for (size_t i = 0; i < world.place_count; i++) trace("%s, capacity %zu", describe(&world.places[i]), world.places[i].cap);
+    for (size_t i = 0; i < world.place_count; i++) trace("%s, capacity %zu", describe(&world.places[i]),
+                                                         world.places[i].cap);
 }
 
 /* A side of a connection that is not given up, or NULL. */
@@ -1100,7 +1136,7 @@ static void tear_down(void) {
     shut_all();
     for (size_t i = 0; i < MAX_THREADS; i++) {
         if (!world.tasks[i]) continue;
-        if (!world.tasks[i]->told) broken("op %llu survives the hangup", (unsigned long long)world.tasks[i]->op.id);
+        if (!world.tasks[i]->told) broken("op %llu survives the hangup", (ull)world.tasks[i]->op.id);
         reap(world.tasks[i]);
     }
     for (size_t i = 0; i < world.place_count; i++) {
@@ -1137,7 +1173,7 @@ static void run_seed(void) {
     if (alloc_blocks() != blocks) broken("%ld blocks of memory were not freed", alloc_blocks() - blocks);
 }
 
-/* --- all seeds ------------------------------------------------------------------------------------------------------ */
+/* --- all seeds ---------------------------------------------------------------------------------------------------- */
 
 static uint64_t block_first, block_size;
 
@@ -1156,18 +1192,19 @@ int main(int argc, char **argv) {
     int passed = 0, failed = 0;
     const char *wish = getenv("TRACE");
     tracing = wish && *wish && strcmp(wish, "0") != 0;
-    shared_seed = (uint64_t *)mmap(NULL, sizeof *shared_seed, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    shared_seed = (uint64_t *)mmap(NULL, sizeof *shared_seed, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1,
+                                   0);
     CHECK(shared_seed != MAP_FAILED);
     for (uint64_t i = 0; i < blocks; i++) {
         char name[64];
         test_entry entry = {name, run_block};
         block_first = first + seeds * i / blocks;
         block_size = first + seeds * (i + 1) / blocks - block_first;
-        snprintf(name, sizeof name, "seeds %llu to %llu", (unsigned long long)block_first, (unsigned long long)(block_first + block_size - 1));
+        snprintf(name, sizeof name, "seeds %llu to %llu", (ull)block_first, (ull)(block_first + block_size - 1));
         if (test_run(&entry)) passed++;
         else {
             failed++;
-            printf("%s: ended with seed %llu\n", name, (unsigned long long)*shared_seed);
+            printf("%s: ended with seed %llu\n", name, (ull)*shared_seed);
         }
     }
     printf("%d passed, %d failed\n", passed, failed);

@@ -1,0 +1,1643 @@
+/* What comes in from strangers and liars, and that the WIRE section at the top of netchan.h is complete: raw sockets
+ * and raw TLS, with an encoder that was written from that text alone, against a listener and a dialler. A good peer of
+ * the same listener must not notice. mbedTLS is called from one thread at a time, so the raw side takes the lock that
+ * netchan.h takes. */
+#include "alloc.h"
+#define NETCHAN_IMPLEMENTATION
+#include "netchan.h"
+#include "test.h"
+
+#if defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define __SANITIZE_THREAD__ 1
+#endif
+#endif
+#ifdef __SANITIZE_THREAD__
+enum { LESS = 4 }; /* so many times less of what a test does often */
+#else
+enum { LESS = 1 };
+#endif
+
+enum {
+    LONG = 20000, /* ms: a wait that a right implementation ends much sooner; it fails the test instead of hanging it */
+    SHORT = 30    /* ms: time for something wrong to happen */
+};
+
+static const char KEY[] = "8f1c6d0b53a94e7720c1b7fd4a6e985f3d20e1b4c75a69887716253f4e0dac9b";
+static const char OTHER_KEY[] = "0a9b8c7d6e5f4a3b2c1d0e9f8a7b6c5d4e3f2a1b0c9d8e7f6a5b4c3d2e1f0a9b";
+
+/* --- bytes: an encoder of its own --------------------------------------------------------------------------------- */
+
+enum {
+    HELLO = 0x01, PING, PONG, BYE,
+    OFFER = 0x10, DEMAND, WITHDRAW, GRANT, DECLINE, TAKEN, DATA, CLOSE, FRAGMENT,
+    CLAIM = 0x20, COMMIT, RELEASE, ACCEPT, WITHDRAWN, CREDIT, CLOSED
+};
+enum { MULTI = 1, TRY = 2, FIRM = 4, HERE = 8 };
+enum { FINAL = 1, REDELIVERED = 2 };
+enum { PIECE = 16000 }; /* bytes of a value in one FRAGMENT */
+
+typedef struct bytes {
+    uint8_t data[100000];
+    size_t size;
+} bytes;
+
+static void put_byte(bytes *b, unsigned byte) {
+    CHECK(b->size < sizeof b->data);
+    b->data[b->size++] = (uint8_t)byte;
+}
+
+static void put_number(bytes *b, uint64_t n) {
+    for (; n > 127; n >>= 7) put_byte(b, (unsigned)(n & 127) | 128);
+    put_byte(b, (unsigned)n);
+}
+
+static void put_bytes(bytes *b, const void *data, size_t size) {
+    for (size_t i = 0; i < size; i++) put_byte(b, ((const uint8_t *)data)[i]);
+}
+
+static void put_frame(bytes *b, unsigned type, const uint64_t *numbers, size_t count, const void *tail, size_t size) {
+    static bytes body;
+    body.size = 0;
+    put_byte(&body, type);
+    for (size_t i = 0; i < count; i++) put_number(&body, numbers[i]);
+    if (size) put_bytes(&body, tail, size);
+    put_number(b, body.size);
+    put_bytes(b, body.data, body.size);
+}
+
+/* The bytes of a string constant, and a frame's numbers. */
+#define PUT_TEXT(b, text) put_bytes(b, text, sizeof text - 1)
+#define COUNT_OF(...) sizeof((uint64_t[]){__VA_ARGS__}) / sizeof(uint64_t)
+/* A frame of numbers, and one that ends with the bytes of a string constant. */
+#define PUT(b, type, ...) put_frame(b, type, (uint64_t[]){__VA_ARGS__}, COUNT_OF(__VA_ARGS__), NULL, 0)
+#define PUT_VALUE(b, type, text, ...)                                                                                  \
+    put_frame(b, type, (uint64_t[]){__VA_ARGS__}, COUNT_OF(__VA_ARGS__), text, sizeof text - 1)
+
+typedef struct greeting {
+    const char *magic;
+    uint64_t version, max_message, max_memory, max_ops, ping_ms, capacity;
+    unsigned process; /* each byte of the process id */
+} greeting;
+
+static greeting good_greeting(void) {
+    greeting g = {"netchan", 1, 1 << 20, 1 << 22, 100, 5000, 0, 0xee};
+    return g;
+}
+
+static void put_greeting(bytes *b, const greeting *g) {
+    bytes body;
+    body.size = 0;
+    put_bytes(&body, g->magic, 7);
+    put_number(&body, g->version);
+    for (int i = 0; i < 16; i++) put_byte(&body, g->process);
+    put_number(&body, g->max_message);
+    put_number(&body, g->max_memory);
+    put_number(&body, g->max_ops);
+    put_number(&body, g->ping_ms);
+    put_number(&body, g->capacity);
+    put_frame(b, HELLO, NULL, 0, body.data, body.size);
+}
+
+/* --- raw connections ---------------------------------------------------------------------------------------------- */
+
+/* With what somebody comes. All zero is right. */
+typedef struct badge {
+    const char *key, *identity, *protocol; /* protocol "": none */
+    bool old, certificate;                 /* TLS 1.2; a certificate instead of a key */
+} badge;
+
+typedef struct raw {
+    int fd;
+    bool tls;
+    mbedtls_ssl_context ssl;
+    mbedtls_ssl_config conf;
+    const char *protocols[2];
+    uint8_t in[65536];
+    size_t in_size;
+} raw;
+
+static uint16_t port_of(const char *address) {
+    return (uint16_t)atoi(strrchr(address, ':') + 1);
+}
+
+static int connect_to(const char *address) {
+    struct sockaddr_in a;
+    memset(&a, 0, sizeof a);
+    a.sin_family = AF_INET;
+    a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    a.sin_port = htons(port_of(address));
+    int fd = socket(AF_INET, SOCK_STREAM, 0), on = 1;
+    CHECK(fd >= 0);
+    CHECK_INT(connect(fd, (struct sockaddr *)&a, sizeof a), 0);
+    CHECK_INT(setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on), 0);
+    CHECK_INT(fcntl(fd, F_SETFL, O_NONBLOCK), 0);
+    return fd;
+}
+
+static bool wait_for_fd(int fd, short events) {
+    struct pollfd p = {fd, events, 0};
+    return poll(&p, 1, LONG) == 1;
+}
+
+static int pull(void *arg, unsigned char *data, size_t size) {
+    ssize_t n = recv(((raw *)arg)->fd, data, size, 0);
+    if (n >= 0) return (int)n;
+    return errno == EAGAIN || errno == EWOULDBLOCK ? MBEDTLS_ERR_SSL_WANT_READ : MBEDTLS_ERR_SSL_CONN_EOF;
+}
+
+static int push(void *arg, const unsigned char *data, size_t size) {
+    ssize_t n = send(((raw *)arg)->fd, data, size, MSG_NOSIGNAL);
+    if (n >= 0) return (int)n;
+    return errno == EAGAIN || errno == EWOULDBLOCK ? MBEDTLS_ERR_SSL_WANT_WRITE : MBEDTLS_ERR_SSL_CONN_EOF;
+}
+
+/* The shared secret as TLS sees it: SHA-256 of a label with its NUL and of the key. */
+static void set_key(raw *r, const badge *b) {
+    const char *key = b->key ? b->key : KEY, *identity = b->identity ? b->identity : "netchan";
+    bytes text;
+    uint8_t psk[32];
+    text.size = 0;
+    put_bytes(&text, "netchan/1 shared key", sizeof "netchan/1 shared key");
+    put_bytes(&text, key, strlen(key));
+    CHECK_INT(mbedtls_sha256(text.data, text.size, psk, 0), 0);
+    CHECK_INT(mbedtls_ssl_conf_psk(&r->conf, psk, sizeof psk, (const unsigned char *)identity, strlen(identity)), 0);
+    mbedtls_ssl_conf_tls13_key_exchange_modes(&r->conf, MBEDTLS_SSL_TLS1_3_KEY_EXCHANGE_MODE_PSK_EPHEMERAL);
+}
+
+static void set_up_tls(raw *r, const badge *b, bool server) {
+    pthread_mutex_lock(&netchan__tls_lock);
+    CHECK_INT(psa_crypto_init(), PSA_SUCCESS);
+    mbedtls_ssl_init(&r->ssl);
+    mbedtls_ssl_config_init(&r->conf);
+    int side = server ? MBEDTLS_SSL_IS_SERVER : MBEDTLS_SSL_IS_CLIENT;
+    int e = mbedtls_ssl_config_defaults(&r->conf, side, MBEDTLS_SSL_TRANSPORT_STREAM, MBEDTLS_SSL_PRESET_DEFAULT);
+    CHECK_INT(e, 0);
+    mbedtls_ssl_conf_rng(&r->conf, mbedtls_psa_get_random, MBEDTLS_PSA_RANDOM_STATE);
+    mbedtls_ssl_conf_authmode(&r->conf, MBEDTLS_SSL_VERIFY_NONE);
+    mbedtls_ssl_conf_max_tls_version(&r->conf, b->old ? MBEDTLS_SSL_VERSION_TLS1_2 : MBEDTLS_SSL_VERSION_TLS1_3);
+    mbedtls_ssl_conf_min_tls_version(&r->conf, b->old ? MBEDTLS_SSL_VERSION_TLS1_2 : MBEDTLS_SSL_VERSION_TLS1_3);
+    if (!b->certificate) set_key(r, b);
+    r->protocols[0] = b->protocol ? b->protocol : "netchan/1";
+    if (!b->protocol || *b->protocol) CHECK_INT(mbedtls_ssl_conf_alpn_protocols(&r->conf, r->protocols), 0);
+    CHECK_INT(mbedtls_ssl_setup(&r->ssl, &r->conf), 0);
+    CHECK_INT(mbedtls_ssl_set_hostname(&r->ssl, NULL), 0);
+    mbedtls_ssl_set_bio(&r->ssl, r, push, pull, NULL);
+    pthread_mutex_unlock(&netchan__tls_lock);
+    r->tls = true;
+}
+
+/* Returns 0, or mbedTLS's error. */
+static int shake_hands(raw *r) {
+    for (;;) {
+        pthread_mutex_lock(&netchan__tls_lock);
+        int e = mbedtls_ssl_handshake(&r->ssl);
+        pthread_mutex_unlock(&netchan__tls_lock);
+        if (e != MBEDTLS_ERR_SSL_WANT_READ && e != MBEDTLS_ERR_SSL_WANT_WRITE) return e;
+        CHECK(wait_for_fd(r->fd, e == MBEDTLS_ERR_SSL_WANT_READ ? POLLIN : POLLOUT));
+    }
+}
+
+static raw *raw_connect(const char *address) {
+    raw *r = (raw *)calloc(1, sizeof *r);
+    CHECK(r);
+    r->fd = connect_to(address);
+    return r;
+}
+
+/* TLS is done when it returns. */
+static raw *raw_enter(const char *address) {
+    static const badge right;
+    raw *r = raw_connect(address);
+    set_up_tls(r, &right, false);
+    CHECK_INT(shake_hands(r), 0);
+    return r;
+}
+
+/* Returns false when the connection is over. */
+static bool raw_send(raw *r, const void *data, size_t size) {
+    for (size_t done = 0; done < size;) {
+        int n;
+        if (r->tls) {
+            pthread_mutex_lock(&netchan__tls_lock);
+            n = mbedtls_ssl_write(&r->ssl, (const unsigned char *)data + done, size - done);
+            pthread_mutex_unlock(&netchan__tls_lock);
+        } else n = push(r, (const unsigned char *)data + done, size - done);
+        if (n > 0) done += (size_t)n;
+        else if (n != MBEDTLS_ERR_SSL_WANT_WRITE && n != MBEDTLS_ERR_SSL_WANT_READ) return false;
+        else CHECK(wait_for_fd(r->fd, n == MBEDTLS_ERR_SSL_WANT_READ ? POLLIN : POLLOUT));
+    }
+    return true;
+}
+
+/* Reads some more. Returns false when the connection is over. */
+static bool raw_read(raw *r) {
+    CHECK(r->in_size < sizeof r->in);
+    for (;;) {
+        int n;
+        if (r->tls) {
+            pthread_mutex_lock(&netchan__tls_lock);
+            n = mbedtls_ssl_read(&r->ssl, r->in + r->in_size, sizeof r->in - r->in_size);
+            pthread_mutex_unlock(&netchan__tls_lock);
+        } else n = pull(r, r->in + r->in_size, sizeof r->in - r->in_size);
+        if (n == MBEDTLS_ERR_SSL_WANT_READ || n == MBEDTLS_ERR_SSL_WANT_WRITE) {
+            CHECK(wait_for_fd(r->fd, POLLIN));
+            continue;
+        }
+        if (n <= 0) return false;
+        r->in_size += (size_t)n;
+        return true;
+    }
+}
+
+/* Waits until the other side closes; what it says first is dropped. */
+static void raw_wait_closed(raw *r) {
+    while (raw_read(r)) r->in_size = 0;
+}
+
+static void raw_close(raw *r) {
+    close(r->fd);
+    pthread_mutex_lock(&netchan__tls_lock);
+    if (r->tls) {
+        mbedtls_ssl_free(&r->ssl);
+        mbedtls_ssl_config_free(&r->conf);
+    }
+    pthread_mutex_unlock(&netchan__tls_lock);
+    free(r);
+}
+
+/* --- frames that come in ------------------------------------------------------------------------------------------ */
+
+typedef struct frame {
+    unsigned type;
+    uint8_t body[17000];
+    size_t size, at;
+} frame;
+
+static bool get_number_from(const uint8_t *data, size_t size, size_t *at, uint64_t *n) {
+    *n = 0;
+    for (unsigned shift = 0; *at < size && shift < 64; shift += 7) {
+        uint8_t byte = data[(*at)++];
+        *n |= (uint64_t)(byte & 127) << shift;
+        if (byte < 128) return true;
+    }
+    return false;
+}
+
+static uint64_t get_number(frame *f) {
+    uint64_t n;
+    CHECK(get_number_from(f->body, f->size, &f->at, &n));
+    return n;
+}
+
+/* The next frame; false when the connection is over. */
+static bool raw_frame(raw *r, frame *f) {
+    uint64_t length = 0;
+    size_t head = 0;
+    while (!get_number_from(r->in, r->in_size, &head, &length) || r->in_size - head < length) {
+        if (!raw_read(r)) return false;
+        head = 0;
+    }
+    CHECK(length >= 1 && head + length <= 16384);
+    f->type = r->in[head];
+    f->size = (size_t)length - 1;
+    f->at = 0;
+    memcpy(f->body, r->in + head + 1, f->size);
+    r->in_size -= head + (size_t)length;
+    memmove(r->in, r->in + head + length, r->in_size);
+    return true;
+}
+
+/* The next frame is of this type, and begins with these numbers. */
+static void check_frame(raw *r, frame *f, unsigned type, const uint64_t *numbers, size_t count) {
+    CHECK(raw_frame(r, f));
+    CHECK_INT(f->type, type);
+    for (size_t i = 0; i < count; i++) CHECK_INT(get_number(f), numbers[i]);
+}
+
+#define EXPECT(r, f, type, ...) check_frame(r, f, type, (uint64_t[]){__VA_ARGS__}, COUNT_OF(__VA_ARGS__))
+
+static void check_rest(const frame *f, const void *data, size_t size) {
+    CHECK_INT(f->size - f->at, size);
+    CHECK(memcmp(f->body + f->at, data, size) == 0);
+}
+
+/* Nothing more was said than what was read: an answer to this question is the next frame. */
+static void check_quiet(raw *r) {
+    static uint64_t question = 1000;
+    bytes b;
+    frame f;
+    b.size = 0;
+    question++;
+    PUT(&b, PING, question);
+    CHECK(raw_send(r, b.data, b.size));
+    EXPECT(r, &f, PONG, question);
+}
+
+/* Greets and is greeted. Returns the capacity that was granted. */
+static uint64_t raw_greet(raw *r, const greeting *g) {
+    bytes b;
+    frame f;
+    b.size = 0;
+    put_greeting(&b, g);
+    CHECK(raw_send(r, b.data, b.size));
+    CHECK(raw_frame(r, &f));
+    CHECK_INT(f.type, HELLO);
+    CHECK(f.size > 7 + 1 + 16 && memcmp(f.body, "netchan", 7) == 0);
+    f.at = 7;
+    CHECK_INT(get_number(&f), 1);
+    f.at += 16;
+    for (int i = 0; i < 4; i++) CHECK(get_number(&f) > 0);
+    return get_number(&f);
+}
+
+static raw *raw_join(const char *address, uint64_t capacity) {
+    greeting g = good_greeting();
+    g.capacity = capacity;
+    raw *r = raw_enter(address);
+    CHECK_INT(raw_greet(r, &g), capacity);
+    return r;
+}
+
+static void raw_say(raw *r, bytes *b) {
+    CHECK(raw_send(r, b->data, b->size));
+    b->size = 0;
+}
+
+/* --- the listener and its good peer ------------------------------------------------------------------------------- */
+
+typedef struct room {
+    netchan_link *l, *good;
+} room;
+
+static netchan_options options(void) {
+    netchan_options o;
+    memset(&o, 0, sizeof o);
+    o.shared_key = KEY;
+    o.connect_ms = o.linger_ms = LONG;
+    return o;
+}
+
+static room open_room_with(const netchan_options *o) {
+    netchan_options mine = options();
+    room m;
+    m.l = netchan_listen("127.0.0.1:0", o);
+    CHECK(m.l);
+    m.good = netchan_dial(m.l->address, &mine);
+    if (!m.good) test_fail(__FILE__, __LINE__, "%s", netchan_errmsg());
+    return m;
+}
+
+static room open_room(void) {
+    netchan_options o = options();
+    return open_room_with(&o);
+}
+
+typedef struct task {
+    netchan_case c[2];
+    netchan_value got;
+    size_t count;
+    int timeout_ms, result;
+    pthread_t thread;
+} task;
+
+static void *run_task(void *arg) {
+    task *t = (task *)arg;
+    t->result = netchan_select(t->c, t->count, t->timeout_ms);
+    if (t->result >= 0) t->result = t->c[t->result].result;
+    return NULL;
+}
+
+static void start_send(task *t, netchan *ch, netchan_value v, size_t cases, int timeout_ms) {
+    memset(t, 0, sizeof *t);
+    t->c[0] = netchan_case_send(ch, v);
+    t->c[1] = netchan_case_recv(NULL, NULL);
+    t->count = cases;
+    t->timeout_ms = timeout_ms;
+    t->thread = test_start(run_task, t);
+}
+
+static void start_recv(task *t, netchan *ch, size_t cases, int timeout_ms) {
+    memset(t, 0, sizeof *t);
+    t->c[0] = netchan_case_recv(ch, &t->got);
+    t->c[1] = netchan_case_recv(NULL, NULL);
+    t->count = cases;
+    t->timeout_ms = timeout_ms;
+    t->thread = test_start(run_task, t);
+}
+
+static int end_task(task *t) {
+    test_join(t->thread);
+    return t->result;
+}
+
+static void exchange(netchan *send, netchan *recv, int64_t n) {
+    task t;
+    start_recv(&t, recv, 1, LONG);
+    CHECK_INT(netchan_send(send, netchan_int(n), LONG), NETCHAN_OK);
+    CHECK_INT(end_task(&t), NETCHAN_OK);
+    CHECK_INT(netchan_as_int(&t.got, -1), n);
+}
+
+/* The good peer noticed nothing. */
+static void check_good(room *m) {
+    static int64_t n;
+    exchange(m->good->send, m->l->recv, ++n);
+    exchange(m->l->send, m->good->recv, ++n);
+    for (netchan_value v; netchan_recv(m->good->events, &v, NETCHAN_NOWAIT) == NETCHAN_OK; netchan_clear(&v))
+        CHECK_STR(netchan_as_str(netchan_get(&v, "event"), "?"), "up");
+}
+
+static void close_room(room *m) {
+    CHECK_INT(netchan_hangup(m->good, NULL), NETCHAN_OK);
+    CHECK_INT(netchan_hangup(m->l, NULL), NETCHAN_OK);
+    CHECK_INT(alloc_blocks(), 0);
+}
+
+/* Waits for the next event of this name, whose reason has the word in it. */
+static void wait_event(netchan_link *link, const char *name, const char *word) {
+    for (bool found = false; !found;) {
+        netchan_value v;
+        CHECK_INT(netchan_recv(link->events, &v, LONG), NETCHAN_OK);
+        found = strcmp(netchan_as_str(netchan_get(&v, "event"), ""), name) == 0;
+        const char *reason = netchan_as_str(netchan_get(&v, "reason"), "");
+        if (found && !strstr(reason, word)) test_fail(__FILE__, __LINE__, "no \"%s\" in \"%s\"", word, reason);
+        netchan_clear(&v);
+    }
+}
+
+static netchan__endpoint *endpoint_of(netchan_link *l) {
+    return (netchan__endpoint *)(void *)l;
+}
+
+/* Looks inside: how many strangers are at the door. */
+static size_t strangers(netchan_link *l) {
+    pthread_mutex_lock(&netchan__net_lock);
+    size_t count = endpoint_of(l)->strangers;
+    pthread_mutex_unlock(&netchan__net_lock);
+    return count;
+}
+
+static void wait_for_strangers(netchan_link *l, size_t count) {
+    for (long long end = test_ms() + LONG; strangers(l) != count; sched_yield()) CHECK(test_ms() < end);
+}
+
+/* --- before TLS, and TLS itself ----------------------------------------------------------------------------------- */
+
+static void test_no_tls_at_all(void) {
+#define WORDS(text) {text, sizeof text - 1}
+    static const struct {
+        const char *text;
+        size_t size;
+    } words[] = {
+        WORDS("GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+        WORDS("SSH-2.0-OpenSSH_9.9\r\n"),
+        WORDS("\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0"),
+        WORDS("\377\377\377\377\377\377\377\377\377\377\377\377"),
+        WORDS("\26\3\1\377\377aaaaaaaaaaaaaaaaaaaaaaaaaaa"), /* a record of 65,535 bytes */
+        WORDS("\26\3\1\0\0"),                                /* an empty one */
+        WORDS("\26\3\1\0\4\1\377\377\377"),                 /* a ClientHello of 16 MiB */
+        WORDS("\25\3\1\0\2\2\50"),                           /* an alert */
+        WORDS("\27\3\3\0\5aaaaa"),                            /* application data */
+        WORDS("\42\1netchan\1................\1\1\1\1\1"),  /* our own greeting, not encrypted */
+    };
+    room m = open_room();
+    for (size_t i = 0; i < sizeof words / sizeof *words; i++) {
+        raw *r = raw_connect(m.l->address);
+        CHECK(raw_send(r, words[i].text, words[i].size));
+        shutdown(r->fd, SHUT_WR); /* it may be waiting for the rest */
+        raw_wait_closed(r);
+        raw_close(r);
+        wait_event(m.l, "rejected", "");
+        check_good(&m);
+    }
+    close_room(&m);
+}
+
+static void test_noise(void) {
+    room m = open_room();
+    uint64_t seed = 9;
+    for (int i = 0; i < 60 / LESS; i++) {
+        raw *r = raw_connect(m.l->address);
+        uint8_t noise[3000];
+        size_t size = 1 + test_random(&seed) % sizeof noise;
+        for (size_t k = 0; k < size; k++) noise[k] = (uint8_t)test_random(&seed);
+        if (i % 2) memcpy(noise, "\26\3\1", size < 3 ? size : 3); /* looks like a handshake */
+        raw_send(r, noise, size);
+        shutdown(r->fd, SHUT_WR);
+        raw_wait_closed(r);
+        raw_close(r);
+        wait_event(m.l, "rejected", "");
+    }
+    check_good(&m);
+    close_room(&m);
+}
+
+static void test_connect_and_close(void) {
+    room m = open_room();
+    for (int i = 0; i < 100; i++) close(connect_to(m.l->address));
+    for (int i = 0; i < 10; i++) { /* with a reset */
+        struct linger now = {1, 0};
+        int fd = connect_to(m.l->address);
+        setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof now);
+        close(fd);
+    }
+    check_good(&m);
+    wait_event(m.l, "rejected", "");
+    wait_for_strangers(m.l, 0);
+    check_good(&m);
+    close_room(&m);
+}
+
+static void test_half_a_handshake(void) {
+    room m = open_room();
+    static const badge right;
+    for (int i = 0; i < 3; i++) {
+        raw *r = raw_connect(m.l->address);
+        set_up_tls(r, &right, false);
+        pthread_mutex_lock(&netchan__tls_lock);
+        CHECK_INT(mbedtls_ssl_handshake(&r->ssl), MBEDTLS_ERR_SSL_WANT_READ); /* the ClientHello has left */
+        pthread_mutex_unlock(&netchan__tls_lock);
+        if (i) CHECK(wait_for_fd(r->fd, POLLIN)); /* it was answered */
+        raw_close(r);
+        wait_event(m.l, "rejected", "");
+    }
+    check_good(&m);
+    close_room(&m);
+}
+
+static void test_the_silent_are_few_and_not_for_long(void) {
+    enum { SILENT = 270, MOST = 256 };
+    room m = open_room();
+    static int fds[SILENT];
+    for (int i = 0; i < SILENT; i++) fds[i] = connect_to(m.l->address);
+    wait_event(m.l, "rejected", "too many strangers");
+    wait_for_strangers(m.l, MOST);
+    check_good(&m);
+    for (int i = 0; i < SILENT / 2; i++) close(fds[i]);
+    netchan_options o = options();
+    netchan_link *d = netchan_dial(m.l->address, &o); /* there is room again */
+    CHECK(d);
+    exchange(d->send, m.l->recv, 1);
+    CHECK_INT(netchan_hangup(d, NULL), NETCHAN_OK);
+    pthread_mutex_lock(&netchan__net_lock);
+    for (netchan__conn *c = netchan__io.conns; c; c = c->next) /* their time is up: the test has not got it */
+        if (c->state == NETCHAN__HANDSHAKING) {
+            CHECK(c->deadline > netchan__now_ns() && c->deadline < netchan__now_ns() + 60000000000u);
+            c->deadline = 0;
+        }
+    netchan__wake_io();
+    netchan__unlock_one(&netchan__net_lock);
+    wait_for_strangers(m.l, 0);
+    for (int i = SILENT / 2; i < SILENT; i++) {
+        char byte;
+        CHECK(wait_for_fd(fds[i], POLLIN));
+        CHECK(recv(fds[i], &byte, 1, 0) <= 0);
+        close(fds[i]);
+    }
+    for (int i = 0; i < 50; i++) wait_event(m.l, "rejected", i < 20 ? "" : "in time");
+    check_good(&m);
+    close_room(&m);
+}
+
+static void test_max_peers(void) {
+    netchan_options o = options(), mine = options();
+    o.max_peers = 2;
+    room m = open_room_with(&o);
+    netchan_link *second = netchan_dial(m.l->address, &mine);
+    CHECK(second);
+    mine.connect_ms = 200;
+    CHECK(!netchan_dial(m.l->address, &mine));
+    wait_event(m.l, "rejected", "max_peers");
+    check_good(&m);
+    exchange(second->send, m.l->recv, 3);
+    CHECK_INT(netchan_hangup(second, NULL), NETCHAN_OK);
+    close_room(&m);
+}
+
+static void test_wrong_badges(void) {
+    static const struct {
+        badge b;
+        const char *reason;
+    } strangers_of[] = {
+        {{OTHER_KEY, NULL, NULL, false, false}, "shared_key"},
+        {{"", NULL, NULL, false, false}, "shared_key"},
+        {{NULL, "somebody", NULL, false, false}, ""},
+        {{NULL, NULL, NULL, false, true}, "shared_key"}, /* wants a certificate from us */
+        {{NULL, NULL, "", false, false}, "netchan/1"},
+        {{NULL, NULL, "http/1.1", false, false}, "netchan/1"},
+        {{NULL, NULL, NULL, true, true}, "TLS 1.3"},
+        {{NULL, NULL, NULL, true, false}, "TLS 1.3"},
+    };
+    room m = open_room();
+    for (size_t i = 0; i < sizeof strangers_of / sizeof *strangers_of; i++) {
+        raw *r = raw_connect(m.l->address);
+        set_up_tls(r, &strangers_of[i].b, false);
+        if (shake_hands(r) == 0) raw_wait_closed(r);
+        raw_close(r);
+        wait_event(m.l, "rejected", strangers_of[i].reason);
+        check_good(&m);
+    }
+    close_room(&m);
+}
+
+/* --- right, and then lies ----------------------------------------------------------------------------------------- */
+
+/* Says all of b after the greeting, or without one, and is thrown out for this reason. */
+static void attack(room *m, bool greet, uint64_t capacity, const bytes *b, const char *event, const char *reason) {
+    raw *r = greet ? raw_join(m->l->address, capacity) : raw_enter(m->l->address);
+    raw_send(r, b->data, b->size);
+    raw_wait_closed(r);
+    raw_close(r);
+    wait_event(m->l, event, reason);
+    check_good(m);
+}
+
+static void test_lies_instead_of_a_greeting(void) {
+    room m = open_room();
+    for (int i = 0; i < 10; i++) {
+        bytes b;
+        greeting g = good_greeting();
+        const char *reason = "greeting";
+        b.size = 0;
+        if (i == 0) PUT(&b, PING, 5);
+        if (i == 1) PUT(&b, DEMAND, 1, 1, 1, FIRM);
+        if (i == 2) PUT(&b, BYE, 0);
+        if (i == 3) PUT(&b, 0x70, 1, 2, 3);
+        if (i == 4) g.magic = "metchan", put_greeting(&b, &g), reason = "version 1";
+        if (i == 5) g.version = 2, put_greeting(&b, &g), reason = "version 1";
+        if (i == 6) put_frame(&b, HELLO, NULL, 0, "netchan\1", 8), reason = "not whole";
+        if (i == 7) PUT_TEXT(&b, "\0"), reason = "frame of 0 bytes";
+        if (i == 8) PUT_TEXT(&b, "GET / HTTP/1.1\r\nUser-Agent: somebody who knows the key, but not what for\r\n\r\n");
+        if (i == 9) PUT_TEXT(&b, "\377\377\377\377\377\377\377\377\377\377\377"), reason = "frame of";
+        attack(&m, false, 0, &b, "rejected", reason);
+    }
+    close_room(&m);
+}
+
+static void test_lies_after_the_greeting(void) {
+    room m = open_room();
+    bytes b;
+    greeting g = good_greeting();
+#define ATTACK(reason) (attack(&m, true, 0, &b, "down", reason), b.size = 0)
+    b.size = 0;
+    put_greeting(&b, &g), ATTACK("version 1");
+    put_byte(&b, 0), ATTACK("frame of 0 bytes");
+    PUT_TEXT(&b, "\200\200\1\377"), ATTACK("frame of 16384 bytes");
+    PUT_TEXT(&b, "\377\377\377\377\377\377\377\377\377\1\377"), ATTACK("frame of");
+    PUT_TEXT(&b, "\200\200\200\200\200\200\200\200\200\200\200\200"), ATTACK("frame of");
+    PUT(&b, OFFER, 0, 1), ATTACK("cut off");
+    PUT(&b, GRANT, 5), ATTACK("cut off");
+    put_frame(&b, DEMAND, NULL, 0, "\1\200\200", 3), ATTACK("cut off");
+    PUT_VALUE(&b, DATA, "\5", 0), ATTACK("credit");
+    PUT_VALUE(&b, DATA, "\5", 7), ATTACK("");
+    PUT(&b, OFFER, 1, 1, 1, 0, 1), ATTACK("does not exist");
+    PUT(&b, OFFER, 9, 1, 1, 0, 1), ATTACK("does not exist");
+    PUT(&b, DEMAND, 0, 1, 1, 0), ATTACK("does not exist");
+    PUT(&b, OFFER, 0, 1, 1, 0, 1), PUT(&b, OFFER, 0, 1, 2, 0, 1), ATTACK("twice");
+    PUT(&b, DEMAND, 1, 1, 1, MULTI), PUT(&b, OFFER, 0, 1, 1, MULTI, 1), ATTACK("twice");
+    PUT(&b, OFFER, 0, 1, 1, 0, UINT64_MAX), ATTACK("max_message");
+    PUT_VALUE(&b, OFFER, "\5", 0, 1, 1, HERE, 5), ATTACK("malformed");
+    PUT_VALUE(&b, OFFER, "\5\5", 0, 1, 1, HERE, 2), ATTACK("malformed");
+    PUT_VALUE(&b, OFFER, "\206\11ab", 0, 1, 1, HERE, 4), ATTACK("malformed");
+    PUT_VALUE(&b, OFFER, "\210\3\377\377\377", 0, 1, 1, HERE, 5), ATTACK("malformed");
+    PUT_VALUE(&b, OFFER, "\211\6\1\3a\0b\5", 0, 1, 1, HERE, 8), ATTACK("malformed");  /* a NUL in a key */
+    PUT_VALUE(&b, OFFER, "\213\3abc", 0, 1, 1, HERE, 5), ATTACK("malformed");        /* half an i32 */
+    PUT(&b, GRANT, 77, 0), ATTACK("granted");
+    PUT_VALUE(&b, GRANT, "\5", 77, 1), ATTACK("granted");
+    PUT(&b, DECLINE, 77), ATTACK("declined");
+    PUT(&b, TAKEN, 77), ATTACK("took");
+    PUT_VALUE(&b, FRAGMENT, "bytes", 77), ATTACK("fragment");
+    PUT(&b, CLOSE, 1), ATTACK("closed");
+    PUT(&b, CLOSE, 0), PUT(&b, CLOSE, 0), ATTACK("closed");
+    PUT(&b, CREDIT, 0, 5, 0), ATTACK("only the other side");
+    PUT_VALUE(&b, CLAIM, "\5", 1, 1, 1, 1), ATTACK("only the other side");
+    PUT_VALUE(&b, COMMIT, "\5", 1, 1, 1, 1), ATTACK("only the other side");
+    PUT(&b, ACCEPT, 1, 0), ATTACK("only the other side");
+    PUT(&b, RELEASE, 1, 1), ATTACK("only the other side");
+    PUT(&b, WITHDRAWN, 1), ATTACK("only the other side");
+    PUT(&b, CLOSED, 1), ATTACK("only the other side");
+    close_room(&m);
+}
+
+/* An array that holds an array that holds ... a 5. Returns its size. */
+static size_t nest(uint8_t *out, size_t most, int depth) {
+    uint8_t *end = out + most, *p = end;
+    *--p = 5;
+    for (int i = 0; i < depth; i++) {
+        bytes head;
+        head.size = 0;
+        put_byte(&head, 0x88);
+        put_number(&head, (uint64_t)(end - p) + 1);
+        put_number(&head, 1);
+        p -= head.size;
+        memcpy(p, head.data, head.size);
+    }
+    memmove(out, p, (size_t)(end - p));
+    return (size_t)(end - p);
+}
+
+static void test_nested_too_deep(void) {
+    static const int depths[] = {65, 66, 1000, 3900};
+    room m = open_room();
+    uint8_t value[16000];
+    static bytes b;
+    for (size_t i = 0; i < sizeof depths / sizeof *depths; i++) {
+        b.size = 0;
+        size_t size = nest(value, sizeof value, depths[i]);
+        put_frame(&b, OFFER, (uint64_t[]){0, 1, 1, HERE | FIRM, size}, 5, value, size);
+        attack(&m, true, 0, &b, "down", "malformed");
+    }
+    raw *r = raw_join(m.l->address, 0);
+    frame f;
+    b.size = 0;
+    size_t size = nest(value, sizeof value, 64); /* as deep as allowed */
+    put_frame(&b, OFFER, (uint64_t[]){0, 1, 1, HERE | FIRM, size}, 5, value, size);
+    raw_say(r, &b);
+    netchan_value v;
+    CHECK_INT(netchan_recv(m.l->recv, &v, LONG), NETCHAN_OK);
+    const netchan_value *inner = &v;
+    for (int i = 0; i < 64; i++) inner = netchan_at(inner, 0);
+    CHECK_INT(netchan_as_int(inner, -1), 5);
+    netchan_clear(&v);
+    EXPECT(r, &f, ACCEPT, 1, 0);
+    raw_close(r);
+    check_good(&m);
+    close_room(&m);
+}
+
+/* Frames that end in the middle: with the connection, or inside TLS. */
+static void test_frames_that_never_end(void) {
+    room m = open_room();
+    for (int i = 0; i < 4; i++) {
+        raw *r = raw_join(m.l->address, 0);
+        bytes b;
+        b.size = 0;
+        PUT_VALUE(&b, OFFER, "\105hello", 0, 1, 1, HERE | FIRM, 6);
+        b.size -= (size_t)i + 1;
+        CHECK(raw_send(r, b.data, b.size));
+        if (i == 3) { /* half a record */
+            r->tls = false;
+            CHECK(raw_send(r, "\27\3\3\0\100aaaa", 9));
+            r->tls = true;
+        }
+        raw_close(r);
+        wait_event(m.l, "down", "closed the connection");
+        CHECK_INT(netchan_recv(m.l->recv, NULL, NETCHAN_NOWAIT), NETCHAN_ETIMEDOUT);
+        check_good(&m);
+    }
+    raw *r = raw_join(m.l->address, 0); /* a record that was tampered with */
+    r->tls = false;
+    CHECK(raw_send(r, "\27\3\3\0\40aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", 37));
+    r->tls = true;
+    raw_wait_closed(r);
+    raw_close(r);
+    wait_event(m.l, "down", "");
+    check_good(&m);
+    close_room(&m);
+}
+
+/* What this version does not know is skipped, and the session goes on. */
+static void test_the_unknown_is_skipped(void) {
+    static const unsigned types[] = {0x00, 0x05, 0x0f, 0x19, 0x1f, 0x27, 0x2f, 0x40, 0x7f, 0x80, 0xff};
+    room m = open_room();
+    raw *r = raw_enter(m.l->address);
+    greeting g = good_greeting();
+    bytes b;
+    b.size = 0;
+    put_greeting(&b, &g);
+    b.data[0] = (uint8_t)(b.data[0] + 4);
+    PUT_TEXT(&b, "more"); /* fields of a later version */
+    for (size_t i = 0; i < sizeof types / sizeof *types; i++) {
+        PUT(&b, types[i], 1, 2, 3);
+        put_frame(&b, types[i], NULL, 0, NULL, 0);
+    }
+    PUT(&b, PING, 5, 6, 7);  /* fields of a later version */
+    PUT(&b, WITHDRAW, 5);    /* which may be over already */
+    raw_say(r, &b);
+    frame f;
+    CHECK(raw_frame(r, &f));
+    CHECK_INT(f.type, HELLO);
+    EXPECT(r, &f, PONG, 5);
+    check_quiet(r);
+    /* A value of a kind that this version does not know is nil. */
+    PUT_VALUE(&b, OFFER, "\210\7\2\217\3abc\5", 0, 1, 1, HERE | FIRM, 9);
+    raw_say(r, &b);
+    netchan_value v;
+    CHECK_INT(netchan_recv(m.l->recv, &v, LONG), NETCHAN_OK);
+    CHECK_INT(netchan_count(&v), 2);
+    CHECK(netchan_is_nil(netchan_at(&v, 0)));
+    CHECK_INT(netchan_as_int(netchan_at(&v, 1), -1), 5);
+    netchan_clear(&v);
+    EXPECT(r, &f, ACCEPT, 1, 0);
+    raw_close(r);
+    check_good(&m);
+    close_room(&m);
+}
+
+/* A greeting full of large numbers makes nothing large here. */
+static void test_a_boaster(void) {
+    room m = open_room();
+    greeting g = good_greeting();
+    g.max_message = g.max_memory = g.max_ops = g.ping_ms = g.capacity = UINT64_MAX;
+    raw *r = raw_enter(m.l->address);
+    CHECK(raw_greet(r, &g) > 0);
+    check_good(&m);
+    frame f;
+    EXPECT(r, &f, CREDIT, 0);
+    CHECK(get_number(&f) <= 10000);
+    raw_close(r);
+    wait_event(m.l, "down", "");
+    check_good(&m);
+    close_room(&m);
+}
+
+/* --- what a peer can make this process hold ----------------------------------------------------------------------- */
+
+/* Sends values within credit until no more comes. Returns how many. */
+static size_t flood(raw *r, const void *value, size_t size) {
+    size_t credit = 0, sent = 0;
+    static bytes b;
+    for (;;) {
+        static uint64_t question = 77;
+        frame f;
+        b.size = 0;
+        PUT(&b, PING, ++question);
+        raw_say(r, &b);
+        do {
+            CHECK(raw_frame(r, &f));
+            if (f.type == CREDIT) get_number(&f), credit += (size_t)get_number(&f);
+        } while (f.type != PONG || get_number(&f) != question); /* all that was said before has been worked off */
+        if (!credit) return sent;
+        for (; credit; credit--, sent++) {
+            b.size = 0;
+            put_frame(&b, DATA, (uint64_t[]){0}, 1, value, size);
+            raw_say(r, &b);
+        }
+        CHECK(sent < 100000);
+    }
+}
+
+/* A peer may wish for any buffer; what it holds here stays within max_memory, also when the values swell in memory. */
+static void test_a_buffer_is_bounded_in_bytes(void) {
+    enum { SIZE = 16000, MEMORY = 8 << 20 };
+    netchan_options o = options();
+    o.max_message = 100000;
+    o.max_memory = MEMORY;
+    room m = open_room_with(&o);
+    for (int nils = 0; nils < 2; nils++) {
+        greeting g = good_greeting();
+        g.capacity = 1000000;
+        bytes value;
+        value.size = 0;
+        put_byte(&value, nils ? 0x88 : 0x87); /* an array of nils, or bytes */
+        put_number(&value, SIZE + (nils ? 2 : 0));
+        if (nils) put_number(&value, SIZE);
+        for (int i = 0; i < SIZE; i++) put_byte(&value, 0x80);
+        raw *r = raw_enter(m.l->address);
+        CHECK_INT(raw_greet(r, &g), 1000000);
+        size_t sent = flood(r, value.data, value.size), each = nils ? SIZE * sizeof(netchan_value) : SIZE;
+        CHECK(sent > 1);
+        if (sent * each > MEMORY) test_fail(__FILE__, __LINE__, "%zu values, which are %zu bytes", sent, sent * each);
+        exchange(m.l->send, m.good->recv, 5);
+        netchan_value v; /* when they are taken, there is room for more */
+        for (size_t i = 0; i < sent; i++) {
+            CHECK_INT(netchan_recv(m.l->recv, &v, LONG), NETCHAN_OK);
+            CHECK_INT(netchan_count(&v), SIZE);
+            netchan_clear(&v);
+        }
+        CHECK(flood(r, value.data, value.size) > 1);
+        raw_close(r);
+        while (netchan_recv(m.l->recv, &v, SHORT) == NETCHAN_OK) netchan_clear(&v);
+        check_good(&m);
+    }
+    close_room(&m);
+}
+
+static void test_operations_are_bounded(void) {
+    netchan_options o = options();
+    o.max_ops = 5;
+    room m = open_room_with(&o);
+    bytes b;
+    b.size = 0;
+    for (uint64_t i = 1; i <= 6; i++) PUT(&b, DEMAND, 1, i, i, MULTI);
+    attack(&m, true, 0, &b, "down", "max_ops");
+    close_room(&m);
+}
+
+static void test_large_values_are_bounded(void) {
+    netchan_options o = options();
+    o.max_message = 100000;
+    room m = open_room_with(&o);
+    bytes b;
+    b.size = 0;
+    PUT(&b, OFFER, 0, 1, 1, 0, 100001);
+    attack(&m, true, 0, &b, "down", "max_message");
+    b.size = 0;
+    /* A value that comes within credit is within max_message, too. */
+    netchan_options small = options();
+    small.max_message = 1000;
+    netchan_link *l = netchan_listen("127.0.0.1:0", &small);
+    CHECK(l);
+    raw *r = raw_join(l->address, 4);
+    static uint8_t value[2003] = {0x87, 0xd0, 0x0f};
+    put_frame(&b, DATA, (uint64_t[]){0}, 1, value, sizeof value);
+    raw_say(r, &b);
+    raw_wait_closed(r);
+    raw_close(r);
+    wait_event(l, "down", "");
+    CHECK_INT(netchan_recv(l->recv, NULL, NETCHAN_NOWAIT), NETCHAN_ETIMEDOUT);
+    CHECK_INT(netchan_hangup(l, NULL), NETCHAN_OK);
+    check_good(&m);
+    close_room(&m);
+}
+
+/* Values that were offered, and never come: who waits to receive does not wait for them for ever, nor do the others. */
+static void test_an_offer_that_is_not_kept(void) {
+    netchan_options o = options();
+    o.ping_ms = 50;
+    room m = open_room_with(&o);
+    raw *r = raw_join(m.l->address, 0);
+    bytes b;
+    frame f;
+    task t;
+    b.size = 0;
+    PUT(&b, OFFER, 0, 1, 1, 0, 3);
+    raw_say(r, &b);
+    start_recv(&t, m.l->recv, 1, LONG);
+    EXPECT(r, &f, CLAIM, 1);
+    long long end = test_ms() + LONG;
+    do { /* it lives, it answers, but not that */
+        CHECK(test_ms() < end);
+        b.size = 0;
+        PUT(&b, PONG, 1);
+    } while (raw_send(r, b.data, b.size) && raw_frame(r, &f));
+    raw_close(r);
+    wait_event(m.l, "down", "does not answer");
+    CHECK_INT(netchan_send(m.good->send, netchan_int(5), LONG), NETCHAN_OK);
+    CHECK_INT(end_task(&t), NETCHAN_OK);
+    CHECK_INT(netchan_as_int(&t.got, -1), 5);
+    check_good(&m);
+    close_room(&m);
+}
+
+/* --- the WIRE section, from its text alone ------------------------------------------------------------------------ */
+
+/* The first two frames, byte by byte. */
+static void test_golden_bytes(void) {
+    static const uint8_t hello[] = {
+        0x24, 0x01,                                     /* LENGTH 36, HELLO */
+        'n',  'e',  't',  'c',  'h',  'a',  'n',  0x01, /* version 1 */
+        0xa0, 0xa1, 0xa2, 0xa3, 0xa4, 0xa5, 0xa6, 0xa7, 0xa8, 0xa9, 0xaa, 0xab, 0xac, 0xad, 0xae, 0xaf, /* process id */
+        0x80, 0x80, 0x40,                               /* max_message 1 MiB */
+        0x80, 0x80, 0x80, 0x01,                         /* max_memory 2 MiB */
+        0x64,                                           /* max_ops 100 */
+        0x88, 0x27,                                     /* ping_ms 5000 */
+        0x00,                                           /* capacity 0 */
+    };
+    static const uint8_t offer[] = {
+        0x14, 0x10,       /* LENGTH 20, OFFER */
+        0x00,             /* channel 0 */
+        0xac, 0x02,       /* entry 300 */
+        0x07,             /* op 7 */
+        0x0c,             /* flags: firm, and the value is here */
+        0x0d,             /* size 13 */
+        0x89, 0x0b, 0x02, /* a map, LEN 11, of 2 entries */
+        0x02, 'i', 'd',   /* "id": */
+        0x83, 0xd7, 0x04, /* -300 */
+        0x02, 'o', 'k',   /* "ok": */
+        0x82,             /* true */
+    };
+    static const uint8_t accept[] = {0xac, 0x02, 0x00}; /* entry 300, OK */
+    room m = open_room();
+    for (int piecewise = 0; piecewise < 2; piecewise++) {
+        raw *r = raw_enter(m.l->address);
+        frame f;
+        uint8_t all[sizeof hello + sizeof offer];
+        memcpy(all, hello, sizeof hello);
+        memcpy(all + sizeof hello, offer, sizeof offer);
+        size_t step = piecewise ? 1 : sizeof all;
+        for (size_t i = 0; i < sizeof all; i += step) CHECK(raw_send(r, all + i, step));
+        netchan_value v;
+        CHECK_INT(netchan_recv(m.l->recv, &v, LONG), NETCHAN_OK);
+        CHECK_INT(netchan_count(&v), 2);
+        CHECK_INT(netchan_as_int(netchan_get(&v, "id"), 0), -300);
+        CHECK(netchan_as_bool(netchan_get(&v, "ok"), false));
+        netchan_clear(&v);
+        CHECK(raw_frame(r, &f));
+        CHECK_INT(f.type, HELLO);
+        CHECK(raw_frame(r, &f));
+        CHECK_INT(f.type, ACCEPT);
+        check_rest(&f, accept, sizeof accept);
+        raw_close(r);
+        wait_event(m.l, "down", "");
+    }
+    close_room(&m);
+}
+
+/* A raw peer whose operations come before all of ours: its process id is the smallest. */
+static raw *raw_join_first(const char *address) {
+    greeting g = good_greeting();
+    g.process = 0;
+    raw *r = raw_enter(address);
+    CHECK_INT(raw_greet(r, &g), 0);
+    return r;
+}
+
+static void check_hello(task *t) {
+    CHECK_INT(end_task(t), NETCHAN_OK);
+    CHECK_STR(netchan_as_str(&t->got, "?"), "hello");
+    netchan_clear(&t->got);
+}
+
+static void test_offers(void) {
+    room m = open_room();
+    raw *r = raw_join_first(m.l->address);
+    bytes b;
+    frame f;
+    task t;
+    b.size = 0;
+
+    PUT_VALUE(&b, OFFER, "\105hello", 0, 1, 1, TRY | HERE, 6); /* nobody is there */
+    PUT(&b, OFFER, 0, 2, 2, TRY | MULTI, 6);
+    raw_say(r, &b);
+    EXPECT(r, &f, WITHDRAWN, 1);
+    EXPECT(r, &f, WITHDRAWN, 2);
+
+    PUT_VALUE(&b, OFFER, "\105hello", 0, 3, 3, FIRM | HERE, 6); /* the value is over there and waits */
+    raw_say(r, &b);
+    check_quiet(r);
+    start_recv(&t, m.l->recv, 1, LONG);
+    check_hello(&t);
+    EXPECT(r, &f, ACCEPT, 3, 0);
+
+    PUT(&b, OFFER, 0, 4, 4, 0, 6); /* it stays here until it is claimed */
+    raw_say(r, &b);
+    check_quiet(r);
+    start_recv(&t, m.l->recv, 1, LONG);
+    EXPECT(r, &f, CLAIM, 4);
+    uint64_t match = get_number(&f);
+    CHECK_INT(get_number(&f), FINAL);
+    PUT_VALUE(&b, GRANT, "\105hello", match, 6);
+    raw_say(r, &b);
+    check_hello(&t);
+    EXPECT(r, &f, ACCEPT, 4, 0);
+
+    PUT(&b, OFFER, 0, 5, 5, 0, 6); /* claimed too late: who asked waits on, and is served by another */
+    raw_say(r, &b);
+    start_recv(&t, m.l->recv, 1, LONG);
+    EXPECT(r, &f, CLAIM, 5);
+    match = get_number(&f);
+    PUT(&b, DECLINE, match);
+    raw_say(r, &b);
+    CHECK_INT(netchan_send(m.good->send, netchan_str("hello"), LONG), NETCHAN_OK);
+    check_hello(&t);
+
+    PUT(&b, OFFER, 0, 6, 6, 0, 6); /* withdrawn while nobody wants it */
+    PUT(&b, WITHDRAW, 6);
+    raw_say(r, &b);
+    check_quiet(r);
+    CHECK_INT(netchan_recv(m.l->recv, NULL, NETCHAN_NOWAIT), NETCHAN_ETIMEDOUT);
+
+    PUT(&b, OFFER, 0, 7, 7, MULTI, 6); /* a select here and there: we are asked first, and released if that is over */
+    raw_say(r, &b);
+    start_recv(&t, m.l->recv, 2, SHORT);
+    CHECK_INT(end_task(&t), NETCHAN_ETIMEDOUT);
+    EXPECT(r, &f, CLAIM, 7);
+    match = get_number(&f);
+    CHECK_INT(get_number(&f), 0);
+    PUT_VALUE(&b, GRANT, "\105hello", match, 6);
+    raw_say(r, &b);
+    EXPECT(r, &f, RELEASE, 7, match);
+    start_recv(&t, m.l->recv, 2, LONG); /* it waits again */
+    EXPECT(r, &f, CLAIM, 7);
+    CHECK(get_number(&f) != match);
+    f.at = 1;
+    match = get_number(&f);
+    PUT_VALUE(&b, GRANT, "\105hello", match, 6);
+    raw_say(r, &b);
+    check_hello(&t);
+    EXPECT(r, &f, ACCEPT, 7, 0);
+
+    check_quiet(r);
+    raw_close(r);
+    close_room(&m);
+}
+
+static void test_demands(void) {
+    room m = open_room();
+    raw *r = raw_join_first(m.l->address);
+    bytes b;
+    frame f;
+    task t, other;
+    b.size = 0;
+
+    PUT(&b, DEMAND, 1, 1, 1, TRY); /* nobody is there */
+    raw_say(r, &b);
+    EXPECT(r, &f, WITHDRAWN, 1);
+
+    for (uint64_t i = 2; i < 6; i++) { /* one case here or there: the value comes with the claim */
+        PUT(&b, DEMAND, 1, i, i, i % 2 ? FIRM : 0);
+        raw_say(r, &b);
+        start_send(&t, m.l->send, netchan_str("hello"), 1 + i / 4, i < 3 ? LONG : NETCHAN_FOREVER);
+        EXPECT(r, &f, CLAIM, i);
+        uint64_t match = get_number(&f);
+        CHECK_INT(get_number(&f), FINAL);
+        CHECK_INT(get_number(&f), 6);
+        check_rest(&f, "\105hello", 6);
+        PUT(&b, GRANT, match, 0);
+        raw_say(r, &b);
+        CHECK_INT(end_task(&t), NETCHAN_OK);
+    }
+
+    PUT(&b, DEMAND, 1, 6, 6, MULTI); /* a select here and there: ours is locked first, then the value is committed */
+    raw_say(r, &b);
+    start_send(&t, m.l->send, netchan_str("hello"), 2, LONG);
+    EXPECT(r, &f, CLAIM, 6);
+    uint64_t match = get_number(&f);
+    CHECK_INT(get_number(&f), 0);
+    PUT(&b, GRANT, match, 0);
+    raw_say(r, &b);
+    EXPECT(r, &f, COMMIT, 6, match, 0, 6);
+    check_rest(&f, "\105hello", 6);
+    PUT(&b, TAKEN, match);
+    raw_say(r, &b);
+    CHECK_INT(end_task(&t), NETCHAN_OK);
+
+    PUT(&b, DEMAND, 1, 7, 7, MULTI); /* the other select is over when ours is locked */
+    raw_say(r, &b);
+    check_quiet(r);
+    start_send(&t, m.l->send, netchan_str("hello"), 2, SHORT);
+    CHECK_INT(end_task(&t), NETCHAN_ETIMEDOUT);
+    EXPECT(r, &f, CLAIM, 7);
+    match = get_number(&f);
+    PUT(&b, GRANT, match, 0);
+    raw_say(r, &b);
+    EXPECT(r, &f, RELEASE, 7, match);
+    PUT(&b, WITHDRAW, 7);
+    raw_say(r, &b);
+    check_quiet(r);
+
+    PUT(&b, DEMAND, 1, 8, 8, 0); /* withdrawn when the claim is on its way: somebody else gets it */
+    raw_say(r, &b);
+    check_quiet(r);
+    start_send(&t, m.l->send, netchan_str("hello"), 1, LONG);
+    EXPECT(r, &f, CLAIM, 8);
+    match = get_number(&f);
+    start_recv(&other, m.good->recv, 1, LONG);
+    PUT(&b, WITHDRAW, 8);
+    PUT(&b, DECLINE, match);
+    raw_say(r, &b);
+    CHECK_INT(end_task(&t), NETCHAN_OK);
+    check_hello(&other);
+
+    PUT(&b, DEMAND, 1, 9, 9, FIRM);
+    raw_say(r, &b);
+    check_quiet(r);
+    CHECK_INT(netchan_close(m.l->send), NETCHAN_OK);
+    EXPECT(r, &f, CLOSED, 1);
+    check_quiet(r);
+    raw_close(r);
+    close_room(&m);
+}
+
+static void test_large_values(void) {
+    enum { SIZE = 40000 };
+    static uint8_t value[SIZE + 4] = {0x87, 0xc0, 0xb8, 0x02}; /* bytes, LEN 40,000 */
+    static bytes b;
+    static uint8_t gathered[SIZE + 4];
+    room m = open_room();
+    raw *r = raw_join_first(m.l->address);
+    frame f;
+    task t;
+    for (size_t i = 4; i < sizeof value; i++) value[i] = (uint8_t)(i * 7);
+    for (uint64_t i = 1; i < 4; i++) {
+        b.size = 0;
+        PUT(&b, OFFER, 0, i, i, i == 2 ? MULTI : i == 3 ? FIRM : 0, sizeof value);
+        raw_say(r, &b);
+        start_recv(&t, m.l->recv, i == 2 ? 2 : 1, LONG);
+        EXPECT(r, &f, CLAIM, i);
+        uint64_t match = get_number(&f);
+        PUT(&b, GRANT, match, sizeof value);
+        for (size_t at = 0; at < sizeof value; at += PIECE)
+            put_frame(&b, FRAGMENT, &match, 1, value + at, sizeof value - at < PIECE ? sizeof value - at : PIECE);
+        raw_say(r, &b);
+        CHECK_INT(end_task(&t), NETCHAN_OK);
+        CHECK_INT(netchan_count(&t.got), SIZE);
+        CHECK(memcmp(netchan_as_block(&t.got, NETCHAN_BYTES, NULL), value + 4, SIZE) == 0);
+        netchan_clear(&t.got);
+        EXPECT(r, &f, ACCEPT, i, 0);
+    }
+    for (uint64_t i = 4; i < 6; i++) {
+        PUT(&b, DEMAND, 1, i, i, i == 4 ? FIRM : MULTI);
+        raw_say(r, &b);
+        start_send(&t, m.l->send, netchan_bytes(value + 4, SIZE), i == 4 ? 1 : 2, LONG);
+        EXPECT(r, &f, CLAIM, i);
+        uint64_t match = get_number(&f);
+        get_number(&f);
+        get_number(&f);
+        CHECK_INT(f.at, f.size); /* never here */
+        PUT(&b, GRANT, match, 0);
+        raw_say(r, &b);
+        EXPECT(r, &f, COMMIT, i, match, 0, sizeof value);
+        CHECK_INT(f.at, f.size);
+        for (size_t at = 0, size; at < sizeof value; at += size) {
+            EXPECT(r, &f, FRAGMENT, i);
+            size = f.size - f.at;
+            CHECK(size <= sizeof value - at);
+            memcpy(gathered + at, f.body + f.at, size);
+        }
+        CHECK(memcmp(gathered, value, sizeof value) == 0);
+        PUT(&b, TAKEN, match);
+        raw_say(r, &b);
+        CHECK_INT(end_task(&t), NETCHAN_OK);
+    }
+    check_quiet(r);
+    raw_close(r);
+    check_good(&m);
+    close_room(&m);
+}
+
+/* Capacity, credit, close and farewell. */
+static void test_buffered_values(void) {
+    room m = open_room();
+    raw *r = raw_join(m.l->address, 3);
+    bytes b;
+    frame f;
+    b.size = 0;
+    EXPECT(r, &f, CREDIT, 0, 3, 0);
+    for (int round = 0; round < 5; round++) {
+        PUT_VALUE(&b, DATA, "\105first", 0);
+        PUT_VALUE(&b, DATA, "\2", 0);
+        PUT_VALUE(&b, DATA, "\3", 0);
+        raw_say(r, &b);
+        check_quiet(r); /* it is full */
+        netchan_value v;
+        CHECK_INT(netchan_recv(m.l->recv, &v, LONG), NETCHAN_OK);
+        CHECK_STR(netchan_as_str(&v, "?"), "first");
+        netchan_clear(&v);
+        for (int i = 2; i < 4; i++) {
+            CHECK_INT(netchan_recv(m.l->recv, &v, LONG), NETCHAN_OK);
+            CHECK_INT(netchan_as_int(&v, -1), i);
+        }
+        uint64_t credit = 0, left = 0;
+        while (credit < 3) {
+            EXPECT(r, &f, CREDIT, 0);
+            credit += get_number(&f);
+            left += get_number(&f);
+        }
+        CHECK_INT(credit, 3);
+        CHECK(left <= 3 * ((uint64_t)round + 1));
+    }
+    PUT_VALUE(&b, DATA, "\4", 0);
+    PUT(&b, CLOSE, 0);
+    put_frame(&b, BYE, NULL, 0, NULL, 0);
+    raw_say(r, &b);
+    check_frame(r, &f, BYE, NULL, 0);
+    raw_wait_closed(r);
+    raw_close(r);
+    wait_event(m.l, "down", "hung up");
+    netchan_value v;
+    CHECK_INT(netchan_recv(m.l->recv, &v, LONG), NETCHAN_OK); /* it was said before the farewell */
+    CHECK_INT(netchan_as_int(&v, -1), 4);
+    wait_event(m.l, "closed", "");
+    check_good(&m);
+    close_room(&m);
+}
+
+static void *hang_up(void *arg) {
+    CHECK_INT(netchan_hangup((netchan_link *)arg, NULL), NETCHAN_OK);
+    return NULL;
+}
+
+static void test_the_listener_says_farewell(void) {
+    netchan_options o = options();
+    netchan_link *l = netchan_listen("127.0.0.1:0", &o);
+    CHECK(l);
+    raw *r = raw_join(l->address, 0);
+    bytes b;
+    frame f;
+    b.size = 0;
+    pthread_t thread = test_start(hang_up, l);
+    check_frame(r, &f, BYE, NULL, 0);
+    put_frame(&b, BYE, NULL, 0, NULL, 0);
+    raw_say(r, &b);
+    raw_wait_closed(r);
+    test_join(thread);
+    raw_close(r);
+    CHECK_INT(alloc_blocks(), 0);
+}
+
+/* --- the other way round: a dialler meets a raw listener ---------------------------------------------------------- */
+
+typedef struct door {
+    int fd;
+    char address[32];
+} door;
+
+static door open_door(void) {
+    struct sockaddr_in a;
+    socklen_t size = sizeof a;
+    door d;
+    memset(&a, 0, sizeof a);
+    a.sin_family = AF_INET;
+    a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    d.fd = socket(AF_INET, SOCK_STREAM, 0);
+    CHECK(d.fd >= 0 && bind(d.fd, (struct sockaddr *)&a, sizeof a) == 0 && listen(d.fd, 16) == 0);
+    CHECK_INT(getsockname(d.fd, (struct sockaddr *)&a, &size), 0);
+    snprintf(d.address, sizeof d.address, "127.0.0.1:%d", ntohs(a.sin_port));
+    return d;
+}
+
+/* Who comes next, before TLS. */
+static raw *raw_accept(const door *d) {
+    raw *r = (raw *)calloc(1, sizeof *r);
+    int on = 1;
+    CHECK(r && wait_for_fd(d->fd, POLLIN));
+    r->fd = accept(d->fd, NULL, NULL);
+    CHECK(r->fd >= 0 && fcntl(r->fd, F_SETFL, O_NONBLOCK) == 0);
+    CHECK_INT(setsockopt(r->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on), 0);
+    return r;
+}
+
+/* Who comes next, greeted. */
+static raw *raw_admit(const door *d, uint64_t capacity) {
+    static const badge right;
+    raw *r = raw_accept(d);
+    greeting g = good_greeting();
+    bytes b;
+    frame f;
+    set_up_tls(r, &right, true);
+    CHECK_INT(shake_hands(r), 0);
+    CHECK(raw_frame(r, &f)); /* the dialler speaks first */
+    CHECK_INT(f.type, HELLO);
+    b.size = 0;
+    g.capacity = capacity;
+    put_greeting(&b, &g);
+    raw_say(r, &b);
+    return r;
+}
+
+typedef struct call {
+    const char *address;
+    netchan_options o;
+    netchan_link *link;
+    char message[512];
+    pthread_t thread;
+} call;
+
+static void *run_call(void *arg) {
+    call *c = (call *)arg;
+    c->link = netchan_dial(c->address, &c->o);
+    snprintf(c->message, sizeof c->message, "%s", netchan_errmsg());
+    return NULL;
+}
+
+static void start_call(call *c, const door *d, size_t buffer, int connect_ms) {
+    memset(c, 0, sizeof *c);
+    c->address = d->address;
+    c->o = options();
+    c->o.buffer = buffer;
+    c->o.connect_ms = connect_ms;
+    c->o.linger_ms = 100;
+    c->thread = test_start(run_call, c);
+}
+
+static void check_call_fails(call *c, const char *word) {
+    test_join(c->thread);
+    CHECK(!c->link);
+    if (!strstr(c->message, word)) test_fail(__FILE__, __LINE__, "no \"%s\" in \"%s\"", word, c->message);
+}
+
+static void test_dialling_something_else(void) {
+    static const badge wrong[] = {{OTHER_KEY, NULL, NULL, false, false},
+                                  {NULL, NULL, "", false, false},
+                                  {NULL, NULL, "h2", false, false},
+                                  {NULL, NULL, NULL, true, false}};
+    static const char *const words[] = {"shared_key", "netchan/1", "", ""};
+    door d = open_door();
+    call c;
+    start_call(&c, &d, 0, 500);
+    raw *r = raw_accept(&d);
+    raw_send(r, "HTTP/1.1 400 Bad Request\r\n\r\n", 28);
+    raw_wait_closed(r);
+    raw_close(r);
+    for (bool more = true; more;) { /* it tries again, until its time is up */
+        struct pollfd p = {d.fd, POLLIN, 0};
+        more = poll(&p, 1, 300) == 1;
+        if (!more) break;
+        r = raw_accept(&d);
+        raw_send(r, "HTTP/1.1 400 Bad Request\r\n\r\n", 28);
+        raw_wait_closed(r);
+        raw_close(r);
+    }
+    check_call_fails(&c, "does not speak TLS");
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        start_call(&c, &d, 0, LONG);
+        long long start = test_ms();
+        r = raw_accept(&d);
+        set_up_tls(r, &wrong[i], true);
+        if (shake_hands(r) == 0) raw_wait_closed(r);
+        raw_close(r);
+        check_call_fails(&c, words[i]);
+        CHECK(test_ms() - start < LONG / 2); /* at once */
+    }
+    close(d.fd);
+    CHECK_INT(alloc_blocks(), 0);
+}
+
+/* Says what no listener may say; the dialler hangs up on it, and dials again. */
+static void test_a_lying_listener(void) {
+    static const struct {
+        const char *reason;
+        unsigned type;
+        uint64_t numbers[4];
+        size_t count;
+        const char *tail;
+        size_t size;
+    } lies[] = {
+        {"version 1", HELLO, {0}, 0, "netchan\1................\1\1\1\1\1", 29},
+        {"capacity", CREDIT, {0, 4, 0}, 3, NULL, 0},
+        {"capacity", CREDIT, {1, 1, 0}, 3, NULL, 0},
+        {"", CREDIT, {0, 0, 1}, 3, NULL, 0},
+        {"committed", COMMIT, {5, 5, 1, 1}, 4, "\5", 1},
+        {"released", RELEASE, {5, 5}, 2, NULL, 0},
+        {"fragment", FRAGMENT, {5}, 1, "aaa", 3},
+        {"closed", CLOSED, {0}, 1, NULL, 0},
+        {"only the other side", OFFER, {0, 1, 1, 0}, 4, "\1", 1},
+        {"only the other side", DATA, {0}, 1, "\1", 1},
+        {"only the other side", GRANT, {5, 0}, 2, NULL, 0},
+        {"cut off", CLAIM, {5}, 1, NULL, 0},
+        {"malformed", CLAIM, {5, 5, 1, 3}, 4, "\206\7a", 3},
+    };
+    door d = open_door();
+    call c;
+    start_call(&c, &d, 3, LONG);
+    raw *r = raw_admit(&d, 3);
+    test_join(c.thread);
+    CHECK(c.link);
+    CHECK_INT(netchan_cap(c.link->send), 3);
+    for (size_t i = 0; i < sizeof lies / sizeof *lies; i++) {
+        task t, s;
+        bytes b;
+        frame f;
+        b.size = 0;
+        start_recv(&t, c.link->recv, 1, NETCHAN_FOREVER);
+        CHECK(raw_frame(r, &f));
+        CHECK_INT(f.type, DEMAND);
+        start_send(&s, c.link->send, netchan_int(5), 1, LONG); /* there is no credit: it stays here */
+        put_frame(&b, lies[i].type, lies[i].numbers, lies[i].count, lies[i].tail, lies[i].size);
+        raw_send(r, b.data, b.size);
+        b.size = 0;
+        raw_wait_closed(r);
+        raw_close(r);
+        wait_event(c.link, "down", lies[i].reason);
+        CHECK_INT(end_task(&t), NETCHAN_ELOST);
+        r = raw_admit(&d, 3);
+        PUT(&b, CREDIT, 0, 1, 0);
+        raw_say(r, &b);
+        CHECK(raw_frame(r, &f));
+        CHECK_INT(f.type, DATA);
+        CHECK_INT(get_number(&f), 0);
+        check_rest(&f, "\5", 1);
+        CHECK_INT(end_task(&s), NETCHAN_OK);
+        PUT(&b, CREDIT, 0, 0, 1); /* it was taken, so it is not unknown when the session ends */
+        raw_say(r, &b);
+        check_quiet(r);
+    }
+    raw_close(r);
+    netchan_hangup(c.link, NULL);
+    close(d.fd);
+    CHECK_INT(alloc_blocks(), 0);
+}
+
+/* A listener that grants less than was asked for. */
+static void test_less_capacity_than_asked_for(void) {
+    door d = open_door();
+    call c;
+    frame f;
+    bytes b;
+    start_call(&c, &d, 5, LONG);
+    raw *r = raw_admit(&d, 2);
+    test_join(c.thread);
+    CHECK(c.link);
+    CHECK_INT(netchan_cap(c.link->send), 2);
+    b.size = 0;
+    PUT(&b, CREDIT, 0, 2, 0);
+    raw_say(r, &b);
+    for (int i = 0; i < 2; i++) CHECK_INT(netchan_send(c.link->send, netchan_int(i), LONG), NETCHAN_OK);
+    CHECK_INT(netchan_send(c.link->send, netchan_int(2), SHORT), NETCHAN_ETIMEDOUT);
+    for (unsigned i = 0; i < 2; i++) {
+        uint8_t value = (uint8_t)i;
+        EXPECT(r, &f, DATA, 0);
+        check_rest(&f, &value, 1);
+    }
+    PUT(&b, CREDIT, 0, 0, 2);
+    raw_say(r, &b);
+    check_quiet(r);
+    raw_close(r);
+    netchan_hangup(c.link, NULL);
+    close(d.fd);
+    CHECK_INT(alloc_blocks(), 0);
+}
+
+/* A select is promised to a listener that takes its time. Meanwhile a link of the other case is hung up, on which
+ * somebody waits for that very select: nobody hangs, and the select learns it as soon as it is free. */
+static void test_hangup_while_a_select_is_promised(void) {
+    for (int committed = 0; committed < 2; committed++) {
+        netchan_options o = options();
+        o.linger_ms = 100;
+        netchan_link *l = netchan_listen("127.0.0.1:0", &o), *sender = netchan_dial(l->address, &o);
+        CHECK(l && sender);
+        door d = open_door();
+        call c;
+        task t, s;
+        bytes b;
+        frame f;
+        netchan *recv = netchan_retain(l->recv);
+        start_call(&c, &d, 0, LONG);
+        raw *r = raw_admit(&d, 0);
+        test_join(c.thread);
+        CHECK(c.link);
+        memset(&t, 0, sizeof t);
+        t.c[0] = netchan_case_recv(c.link->recv, &t.got);
+        t.c[1] = netchan_case_recv(recv, &t.got);
+        t.count = 2;
+        t.timeout_ms = LONG;
+        t.thread = test_start(run_task, &t);
+        CHECK(raw_frame(r, &f));
+        CHECK_INT(f.type, DEMAND);
+        CHECK_INT(get_number(&f), 1);
+        uint64_t entry = get_number(&f);
+        b.size = 0;
+        PUT(&b, CLAIM, entry, 55, 0, 0);
+        raw_say(r, &b);
+        EXPECT(r, &f, GRANT, 55);
+        start_send(&s, sender->send, netchan_int(5), 1, LONG); /* wants the select as well, and waits for it */
+        while (true) {
+            pthread_mutex_lock(&netchan__net_lock);
+            bool waits = netchan__net.matches.count > 0;
+            pthread_mutex_unlock(&netchan__net_lock);
+            if (waits) break;
+            sched_yield();
+        }
+        netchan_hangup(l, NULL);
+        if (committed) PUT_VALUE(&b, COMMIT, "\105hello", entry, 55, 0, 6);
+        else PUT(&b, RELEASE, entry, 55);
+        raw_say(r, &b);
+        int result = end_task(&t);
+        netchan_hangup(sender, NULL);
+        int sent = end_task(&s);
+        if (committed) {
+            CHECK_INT(result, NETCHAN_OK);
+            CHECK_STR(netchan_as_str(&t.got, "?"), "hello");
+            netchan_clear(&t.got);
+            CHECK(sent != NETCHAN_OK);
+        } else if (result == NETCHAN_OK) { /* the value was here, and only the answer got lost */
+            CHECK_INT(netchan_as_int(&t.got, -1), 5);
+            CHECK_INT(sent, NETCHAN_EUNKNOWN);
+        } else {
+            CHECK_INT(result, NETCHAN_ECLOSED);
+            CHECK(sent != NETCHAN_OK);
+        }
+        netchan_free(recv);
+        raw_close(r);
+        netchan_hangup(c.link, NULL);
+        close(d.fd);
+        CHECK_INT(alloc_blocks(), 0);
+    }
+}
+
+int main(int argc, char **argv) {
+    static const test_entry tests[] = {
+        TEST(no_tls_at_all),
+        TEST(noise),
+        TEST(connect_and_close),
+        TEST(half_a_handshake),
+        TEST(the_silent_are_few_and_not_for_long),
+        TEST(max_peers),
+        TEST(wrong_badges),
+        TEST(lies_instead_of_a_greeting),
+        TEST(lies_after_the_greeting),
+        TEST(nested_too_deep),
+        TEST(frames_that_never_end),
+        TEST(the_unknown_is_skipped),
+        TEST(a_boaster),
+        TEST(a_buffer_is_bounded_in_bytes),
+        TEST(operations_are_bounded),
+        TEST(large_values_are_bounded),
+        TEST(an_offer_that_is_not_kept),
+        TEST(golden_bytes),
+        TEST(offers),
+        TEST(demands),
+        TEST(large_values),
+        TEST(buffered_values),
+        TEST(the_listener_says_farewell),
+        TEST(dialling_something_else),
+        TEST(a_lying_listener),
+        TEST(less_capacity_than_asked_for),
+        TEST(hangup_while_a_select_is_promised),
+        TEST_END,
+    };
+    return test_main(argc, argv, tests);
+}
