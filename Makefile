@@ -10,7 +10,7 @@
 # make deps       mbedTLS into build/mbedtls; done without being asked when there is no other
 # make clean      removes what was built, but for mbedTLS
 #
-# mbedTLS 3.6 or newer comes from `make MBEDTLS=/its/prefix`, else from pkg-config, else from `make deps`.
+# mbedTLS 3.6 comes from `make MBEDTLS=/its/prefix`, else from pkg-config, else from `make deps`.
 
 CFLAGS ?= -O2 -g -Wall -Wextra
 BUILD = build

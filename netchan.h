@@ -25,7 +25,7 @@
  *
  *     cc server.c -o server -lmbedtls -lmbedx509 -lmbedcrypto -lpthread
  *
- * needs mbedTLS 3.6 or newer with TLS 1.3 (its default configuration) and a POSIX system: Linux, the BSDs, macOS. In exactly one C
+ * needs mbedTLS 3.6 with TLS 1.3 (its default configuration) and a POSIX system: Linux, the BSDs, macOS. In exactly one C
  * or C++ file NETCHAN_IMPLEMENTATION is defined before netchan.h is included; include it there before any system header, or
  * give it a file of its own, whose two lines are the define and the include.
  *
@@ -526,16 +526,15 @@ NETCHANDEF int netchan_fingerprint(const char *cert, char *out, size_t size);
 #include <time.h>
 #include <unistd.h>
 
-#ifndef CLOCK_MONOTONIC
-#error netchan.h: POSIX is hidden here (as with -std=c99). Include netchan.h before any system header, or compile with -D_DEFAULT_SOURCE.
-#endif
-
 #include <mbedtls/version.h>
-#if MBEDTLS_VERSION_NUMBER < 0x03060000
-#error netchan.h needs mbedTLS 3.6 or newer. Install it, or run "make deps" in the netchan repository and compile against build/mbedtls.
+#if !defined(CLOCK_MONOTONIC)
+#error netchan.h: POSIX is hidden here (as with -std=c99). Include netchan.h before any system header, or compile with -D_DEFAULT_SOURCE.
+#elif MBEDTLS_VERSION_NUMBER < 0x03060000 || MBEDTLS_VERSION_NUMBER >= 0x04000000
+#error netchan.h needs mbedTLS 3.6. Install it, or run "make deps" in the netchan repository and compile with -Ibuild/mbedtls/include.
 #elif !defined(MBEDTLS_SSL_PROTO_TLS1_3) || !defined(MBEDTLS_SSL_TLS1_3_KEY_EXCHANGE_MODE_PSK_EPHEMERAL_ENABLED)
 #error netchan.h needs TLS 1.3, and this mbedTLS was built without it. Build mbedTLS in its default configuration.
-#endif
+#else /* all the rest, so that the sentence is the only error */
+
 #include <mbedtls/ecp.h>
 #include <mbedtls/error.h>
 #include <mbedtls/pk.h>
@@ -5585,6 +5584,7 @@ NETCHANDEF int netchan_hangup(netchan_link *link, netchan_report *report) {
 #ifdef __cplusplus
 }
 #endif
+#endif /* mbedTLS */
 #endif /* NETCHAN_IMPLEMENTATION */
 
 /*

@@ -446,6 +446,7 @@ typedef struct proxy {
     uint16_t target;
     char address[32];
     bool silent;  /* atomic: keep the connections, forward nothing */
+    bool obeys;   /* atomic: silent as its thread last saw it */
     bool stop;    /* atomic */
     long budget;  /* atomic: bytes that are forwarded until all connections are cut; negative: no end */
     unsigned cuts; /* atomic: how often that happened */
@@ -526,6 +527,7 @@ static void *proxy_main(void *arg) {
     while (!__atomic_load_n(&p->stop, __ATOMIC_ACQUIRE)) {
         struct pollfd polls[2 + 2 * PROXY_CONNS];
         bool silent = __atomic_load_n(&p->silent, __ATOMIC_ACQUIRE);
+        __atomic_store_n(&p->obeys, silent, __ATOMIC_RELEASE);
         size_t count = silent ? 0 : p->count;
         memset(polls, 0, sizeof polls);
         polls[0].fd = p->wake[0];
@@ -576,6 +578,7 @@ static void proxy_wake(proxy *p) {
 static void proxy_set_silent(proxy *p, bool silent) {
     __atomic_store_n(&p->silent, silent, __ATOMIC_RELEASE);
     proxy_wake(p);
+    while (__atomic_load_n(&p->obeys, __ATOMIC_ACQUIRE) != silent) sched_yield();
 }
 
 static void proxy_cut_after(proxy *p, long bytes) {
