@@ -1,8 +1,8 @@
 /* netchan.h - Go channels between machines, for C, in one header. MIT licence (at the end of the file).
  *
- * A netchan is a channel as in Go: make, send, recv, close, select, with capacity 0 (a rendezvous) or n. Its other end may be
- * in this thread, in this process, or on another machine behind TLS 1.3: the meaning is the same. A send on a channel of
- * capacity 0 returns when a receiver on the other machine has taken the value.
+ * A netchan is a channel as in Go: make, send, recv, close, select, with capacity 0 (a rendezvous) or n. Its other end
+ * may be in this thread, in this process, or on another machine behind TLS 1.3: the meaning is the same. A send on a
+ * channel of capacity 0 returns when a receiver on the other machine has taken the value.
  *
  * HELLO, WORLD
  *
@@ -25,9 +25,9 @@
  *
  *     cc server.c -o server -lmbedtls -lmbedx509 -lmbedcrypto -lpthread
  *
- * needs mbedTLS 3.6 with TLS 1.3 (its default configuration) and a POSIX system: Linux, the BSDs, macOS. In exactly one C
- * or C++ file NETCHAN_IMPLEMENTATION is defined before netchan.h is included; include it there before any system header, or
- * give it a file of its own, whose two lines are the define and the include.
+ * needs mbedTLS 3.6 with TLS 1.3 (its default configuration) and a POSIX system: Linux, the BSDs, macOS. In exactly one
+ * C or C++ file NETCHAN_IMPLEMENTATION is defined before netchan.h is included; include it there before any system
+ * header, or give it a file of its own, whose two lines are the define and the include.
  *
  * CONTENTS (grep -n '^ \* \[' netchan.h)
  *
@@ -42,7 +42,7 @@
  *     v, ok := <-ch                              ok = netchan_recv(ch, &v, NETCHAN_FOREVER) == NETCHAN_OK;
  *     close(ch)                                  netchan_close(ch);
  *     len(ch), cap(ch)                           netchan_len(ch), netchan_cap(ch)
- *     for v := range ch { ... }                  while (netchan_recv(ch, &v, NETCHAN_FOREVER) == NETCHAN_OK) { ... netchan_clear(&v); }
+ *     for v := range ch { ... }                  while (netchan_recv(ch, &v, NETCHAN_FOREVER) == NETCHAN_OK) { ... }
  *     select { case a <- v: case w := <-b: }     netchan_case c[] = {netchan_case_send(a, v), netchan_case_recv(b, &w)};
  *                                                i = netchan_select(c, 2, NETCHAN_FOREVER);
  *     select { ... default: }                    netchan_select(c, 2, NETCHAN_NOWAIT)
@@ -52,79 +52,87 @@
  *
  * RULES
  *
- *   Ownership   Value constructors borrow what they are given. A send copies the value before it returns. A receive gives the
- *               value to the caller, who calls netchan_clear(). What the accessors return is borrowed from their value.
- *               Channels are counted: netchan_make() counts one, netchan_retain() one more, netchan_free() one less. The
- *               channels in a netchan_link belong to the link: do not free them; retain one to keep it past netchan_hangup().
- *   Threads     Any thread may call anything at any time, except that a value and an array of cases belong to one thread at a
- *               time, and that after netchan_hangup() began no call on the link or its channels may begin, unless these are retained. The first listen or dial starts the one thread of the library, the last
- *               hangup ends it. mbedTLS is called from one thread at a time, under a lock of ours; a program that also calls
- *               mbedTLS itself, from another thread, needs an mbedTLS built with MBEDTLS_THREADING_C.
- *   Time        timeout_ms is NETCHAN_FOREVER (-1), NETCHAN_NOWAIT (0) or milliseconds on the monotonic clock. Between machines, a
- *               call that has begun to commit when its time is up returns late, by one round trip or when the link is lost;
- *               NETCHAN_NOWAIT asks the other side once and takes one round trip, unless this side knows: it does for a buffer.
- *   Errors      A function that can fail returns NETCHAN_OK or a negative code, or NULL; netchan_errmsg() is then a sentence.
- *   Results     OK: it happened. ETIMEDOUT, ECLOSED, ELOST: it did not and never will. EUNKNOWN: the peer is gone and only it
- *               knew. A value whose send timed out is never received later.
+ *   Ownership   Value constructors borrow what they are given. A send copies the value before it returns. A receive
+ *               gives the value to the caller, who calls netchan_clear(). What the accessors return is borrowed from
+ *               their value. Channels are counted: netchan_make() counts one, netchan_retain() one more,
+ *               netchan_free() one less. The channels in a netchan_link belong to the link: do not free them; retain
+ *               one to keep it past netchan_hangup().
+ *   Threads     Any thread may call anything at any time, except that a value and an array of cases belong to one
+ *               thread at a time, and that after netchan_hangup() began no call on the link or its channels may
+ *               begin, unless these are retained. The first listen or dial starts the one thread of the library, the
+ *               last hangup ends it. mbedTLS is called from one thread at a time, under a lock of ours; a program
+ *               that also calls mbedTLS itself, from another thread, needs an mbedTLS built with MBEDTLS_THREADING_C.
+ *   Time        timeout_ms is NETCHAN_FOREVER (-1), NETCHAN_NOWAIT (0) or milliseconds on the monotonic clock.
+ *               Between machines, a call that has begun to commit when its time is up returns late, by one round trip
+ *               or when the link is lost; NETCHAN_NOWAIT asks the other side once and takes one round trip, unless
+ *               this side knows: it does for a buffer.
+ *   Errors      A function that can fail returns NETCHAN_OK or a negative code, or NULL; netchan_errmsg() is then a
+ *               sentence.
+ *   Results     OK: it happened. ETIMEDOUT, ECLOSED, ELOST: it did not and never will. EUNKNOWN: the peer is gone and
+ *               only it knew. A value whose send timed out is never received later.
  *
  * GUARANTEES
  *
- *   Every value sent with OK through capacity 0 was taken by exactly one receiver. Values from one thread through one channel to one
- *   receiver arrive in the order in which they were sent. Capacity is exact. A link that breaks is dialled again; values that never left
- *   go over the next link. In this version a broken link ends its session: what was being committed on it ends with
- *   ELOST or EUNKNOWN, values that had left the buffer of a dialler's `send` are counted in the event "down", and a value on the
- *   listener's work queue that was shipped and not confirmed goes to another peer, marked `redelivered` (or is counted, with
- *   options.no_redelivery). Not promised: durability (a channel lives in memory), order across different senders or
- *   receivers, and anything once a process dies beyond the truthful result.
+ *   Every value sent with OK through capacity 0 was taken by exactly one receiver. Values from one thread through one
+ *   channel to one receiver arrive in the order in which they were sent. Capacity is exact. A link that breaks is
+ *   dialled again; values that never left go over the next link. In this version a broken link ends its session: what
+ *   was being committed on it ends with ELOST or EUNKNOWN, values that had left the buffer of a dialler's `send` are
+ *   counted in the event "down", and a value on the listener's work queue that was shipped and not confirmed goes to
+ *   another peer, marked `redelivered` (or is counted, with options.no_redelivery). Not promised: durability (a
+ *   channel lives in memory), order across different senders or receivers, and anything once a process dies beyond
+ *   the truthful result.
  *
  * SECURITY
  *
- *   TLS 1.3 only, with forward secrecy. Exactly one of options.shared_key, .pin and .insecure says whom to trust; with the first two
- *   both sides prove themselves before the first value. Keys are never logged and are wiped after use. What a peer can make
- *   this process hold is bounded by max_memory, max_message and max_ops; max_peers and a deadline bound what strangers can.
+ *   TLS 1.3 only, with forward secrecy. Exactly one of options.shared_key, .pin and .insecure says whom to trust;
+ *   with the first two both sides prove themselves before the first value. Keys are never logged and are wiped after
+ *   use. What a peer can make this process hold is bounded by max_memory, max_message and max_ops; max_peers and a
+ *   deadline bound what strangers can.
  *
  * WIRE
  *
- *   Enough to write another implementation; all of it travels inside TLS 1.3 with ALPN "netchan/1". A varint is unsigned LEB128 of at
- *   most 10 bytes, the shortest form not required.
+ *   Enough to write another implementation; all of it travels inside TLS 1.3 with ALPN "netchan/1". A varint is unsigned
+ *   LEB128 of at most 10 bytes, the shortest form not required.
  *
  *   Values: one tag byte, then its payload. LEN is a varint that counts the payload bytes after it.
- *     00..3f int 0..63              82 true                      87 bytes: LEN, bytes              8c i64 array: LEN, 8-byte items
- *     40..7f str of 0..63 bytes     83 int: zig-zag varint       88 array: LEN, count, values      8d f32 array: LEN, 4-byte items
- *     80 nil                        84 uint: varint              89 map: LEN, count, entries       8e f64 array: LEN, 8-byte items
- *     81 false                      85 float: 8 bytes            8a reserved for channel ends      8f.. LEN, payload: skipped, read as nil
- *                                   86 str: LEN, bytes           8b i32 array: LEN, 4-byte items
- *   Numbers in floats and packed arrays are little-endian, floats IEEE 754. An entry of a map is the key (varint length, bytes without
- *   NUL) and a value. A decoder refuses nesting deeper than 64 and counts larger than the bytes that are left.
+ *     00..3f int 0..63            82 true                   87 bytes: LEN, bytes           8c i64 array: LEN, items
+ *     40..7f str of 0..63 bytes   83 int: zig-zag varint    88 array: LEN, count, values   8d f32 array: LEN, items
+ *     80 nil                      84 uint: varint           89 map: LEN, count, entries    8e f64 array: LEN, items
+ *     81 false                    85 float: 8 bytes         8a reserved for channel ends   8f.. LEN, payload: skipped,
+ *                                 86 str: LEN, bytes        8b i32 array: LEN, items            read as nil
+ *   Numbers in floats and packed arrays are little-endian, floats IEEE 754. An entry of a map is the key (varint length,
+ *   bytes without NUL) and a value. A decoder refuses nesting deeper than 64 and counts larger than the bytes left.
  *
- *   Frames: LENGTH (varint, of what follows), TYPE (one byte), fields (varints unless said otherwise). Frames longer than 16,384
- *   bytes, with LENGTH, are refused. D is the dialling side, L the listening side. Channel 0 goes from D to L, channel 1 from L to D; both have
- *   their home at L.
- *     01 HELLO     "netchan" (7 bytes), version 1, process id (16 bytes), max_message, max_memory, max_ops, ping_ms, capacity:
- *                  first frame each way; L waits for D's. D's capacity is its wish for channel 0, L's answer what it gets.
- *                  Fields after these are skipped.
- *     02 PING n, 03 PONG n        any byte received is a sign of life; a PING is answered at once
- *     04 BYE                      no more frames will come; answered with BYE, then the link closes
- *     10 OFFER  channel, entry, op, flags, size, [value]    D: a send waits. flags: 1 op has several cases, 2 try (answer
- *                  WITHDRAWN at once if nobody takes it), 4 firm (never declined), 8 the value is here and the home's to match
- *     11 DEMAND channel, entry, op, flags                   D: a receive waits. Flags as above
- *     12 WITHDRAW entry           D: this entry no longer waits (a DECLINE may follow it)
- *     13 GRANT match, size, [value]  D: the claim is accepted; a sender's carries the value
- *     14 DECLINE match            D: the claim is refused, its entry is gone
- *     15 TAKEN match              D: the value of a COMMIT is taken
- *     16 DATA channel, value      D: a value within credit
- *     17 CLOSE channel            D: no more values on channel 0
- *     18 FRAGMENT id, bytes       more of the value whose GRANT (from D, id is the match) or COMMIT (from L, the entry) had none
- *     20 CLAIM entry, match, flags, size, [value]   L: flags: 1 final (granting commits), 2 redelivered
- *     21 COMMIT entry, match, flags, size, [value]  L: the engaged receive gets this value
- *     22 RELEASE entry, match     L: the grant is not used, the entry waits again
- *     23 ACCEPT entry, result     L: the send is over. result: 0 OK, else the negated result code
- *     24 WITHDRAWN entry          L: the answer to a try that found nobody
- *     25 CREDIT channel, n, left  L: n more values may be sent as DATA, or OFFERed if they are large; `left` of those sent before
- *                  have left the buffer
- *     26 CLOSED channel           L: after the last value
- *     Unknown types are skipped. size is the encoded size of the value; a value over 16,256 bytes is never in the frame that names
- *     its size: it is shipped in FRAGMENTs after GRANT or COMMIT. The commit protocol itself is described at [7].
+ *   Frames: LENGTH (varint, of what follows), TYPE (one byte), fields (varints unless said otherwise). Frames longer than
+ *   16,384 bytes, with LENGTH, are refused. D is the dialling side, L the listening side. Channel 0 goes from D to L,
+ *   channel 1 from L to D; both have their home at L.
+ *     01 HELLO  "netchan" (7 bytes), version 1, process id (16 bytes), max_message, max_memory, max_ops, ping_ms, capacity:
+ *               first frame each way; L waits for D's. D's capacity is its wish for channel 0, L's answer what it gets.
+ *               Fields after these are skipped.
+ *     02 PING n, 03 PONG n       any byte received is a sign of life; a PING is answered at once
+ *     04 BYE                     its sender begins nothing new. The other side lets what is being negotiated end, answers
+ *                                BYE and closes; what was not accepted by then never happened
+ *     10 OFFER channel, entry, op, flags, size, [value]    D: a send waits. On a channel with capacity it costs a credit,
+ *               and is for large values only. flags: 1 op has several cases, 2 try (answer WITHDRAWN at once if nobody
+ *               takes it), 4 firm (never declined), 8 the value is here and the home's to match
+ *     11 DEMAND channel, entry, op, flags                  D: a receive waits. Flags as above
+ *     12 WITHDRAW entry          D: this entry no longer waits (a DECLINE may follow it)
+ *     13 GRANT match, size, [value]    D: the claim is accepted; a sender's carries the value
+ *     14 DECLINE match           D: the claim is refused, its entry is gone
+ *     15 TAKEN match             D: the value of a COMMIT is taken
+ *     16 DATA channel, value     D: a value within credit
+ *     17 CLOSE channel           D: no more values on channel 0
+ *     18 FRAGMENT id, bytes      more of the value whose GRANT (from D: id is the match) or COMMIT (from L: the entry) had
+ *                                none
+ *     20 CLAIM entry, match, flags, size, [value]     L: flags: 1 final (granting commits), 2 redelivered
+ *     21 COMMIT entry, match, flags, size, [value]    L: the engaged receive gets this value
+ *     22 RELEASE entry, match    L: the grant is not used, the entry waits again
+ *     23 ACCEPT entry, result    L: the send is over. result: 0 OK, else the negated result code
+ *     24 WITHDRAWN entry         L: the answer to a try that found nobody
+ *     25 CREDIT channel, n, left    L: n more values may be sent; `left` of those sent before have left the buffer
+ *     26 CLOSED channel          L: after the last value
+ *     Unknown types are skipped. size is the encoded size of the value; a value over 16,256 bytes is never in the frame
+ *     that names its size: it is shipped in FRAGMENTs after GRANT or COMMIT. The commit protocol is described at [7].
  */
 
 #ifndef NETCHAN_H
@@ -185,8 +193,8 @@ enum netchan_result { NETCHAN_RESULTS(NETCHAN_RESULT_ENUM) NETCHAN_RESULT_END = 
 /* A few words on a result code. Returns a constant string for any number, never NULL. */
 NETCHANDEF const char *netchan_strerror(int result);
 
-/* This thread's last failure as a sentence: what was attempted, on what, why, what to do. Returns "" before the first. The text is
- * valid until this thread's next failing call. */
+/* This thread's last failure as a sentence: what was attempted, on what, why, what to do. Returns "" before the first.
+ * The text is valid until this thread's next failing call. */
 NETCHANDEF const char *netchan_errmsg(void);
 
 /* ====================================================================================================================
@@ -242,8 +250,8 @@ struct netchan_entry {
     netchan_value value;
 };
 
-/* Constructors. They allocate nothing and borrow: what the arguments point to must stay until the value was sent or copied. A NULL
- * string is nil. */
+/* Constructors. They allocate nothing and borrow: what the arguments point to must stay until the value was sent or
+ * copied. A NULL string is nil. */
 NETCHANDEF netchan_value netchan_nil(void);
 NETCHANDEF netchan_value netchan_bool(bool b);
 NETCHANDEF netchan_value netchan_int(int64_t i);
@@ -262,16 +270,18 @@ NETCHANDEF netchan_value netchan_i64s(const int64_t *items, size_t count);
 NETCHANDEF netchan_value netchan_f32s(const float *items, size_t count);
 NETCHANDEF netchan_value netchan_f64s(const double *items, size_t count);
 
-/* Frees what a received or copied value holds and makes it nil. Does nothing to a constructed value but make it nil, so it is always
- * safe; of a received value only the value itself is cleared, never one that was looked up inside it. */
+/* Frees what a received or copied value holds and makes it nil. Does nothing to a constructed value but make it nil, so
+ * it is always safe; of a received value only the value itself is cleared, never one that was looked up inside it. */
 NETCHANDEF void netchan_clear(netchan_value *v);
 
-/* Makes *to an independent deep copy in one allocation; clear it later. Whatever *to held is not freed. Returns OK, ENOMEM, or EINVAL
- * when `from` cannot be a value (nested deeper than NETCHAN_MAX_DEPTH, a NULL key, a type that does not exist); *to is nil then. */
+/* Makes *to an independent deep copy in one allocation; clear it later. Whatever *to held is not freed. Returns OK,
+ * ENOMEM, or EINVAL when `from` cannot be a value (nested deeper than NETCHAN_MAX_DEPTH, a NULL key, a type that does
+ * not exist); *to is nil then. */
 NETCHANDEF int netchan_copy(netchan_value *to, const netchan_value *from);
 
-/* Looking into a value never fails: what is not there is nil, what has another type is the fallback. Results are borrowed from v. */
-NETCHANDEF const netchan_value *netchan_at(const netchan_value *v, size_t index);     /* item of an array, or nil; never NULL */
+/* Looking into a value never fails: what is not there is nil, what has another type is the fallback. Results are
+ * borrowed from v. */
+NETCHANDEF const netchan_value *netchan_at(const netchan_value *v, size_t index);     /* item of an array, or nil */
 NETCHANDEF const netchan_value *netchan_get(const netchan_value *v, const char *key); /* first entry of a map, or nil */
 NETCHANDEF bool netchan_as_bool(const netchan_value *v, bool fallback);
 NETCHANDEF int64_t netchan_as_int(const netchan_value *v, int64_t fallback);     /* int, or uint that fits */
@@ -280,17 +290,19 @@ NETCHANDEF double netchan_as_float(const netchan_value *v, double fallback);    
 NETCHANDEF const char *netchan_as_str(const netchan_value *v, const char *fallback);
 NETCHANDEF netchan *netchan_as_chan(const netchan_value *v); /* NULL unless sender or receiver; retain it to keep it */
 NETCHANDEF bool netchan_is_nil(const netchan_value *v);
-/* Items of an array or packed array, entries of a map, bytes of a string (without its NUL) or of bytes; 0 for all other types. */
+/* Items of an array or packed array, entries of a map, bytes of a string (without its NUL) or of bytes; 0 for all other
+ * types. */
 NETCHANDEF size_t netchan_count(const netchan_value *v);
-/* The block of a str, bytes or packed array (say which) and its item count (may be NULL); NULL when v has another type. */
+/* The block of a str, bytes or packed array (say which) and its item count (may be NULL). NULL: v has another type. */
 NETCHANDEF const void *netchan_as_block(const netchan_value *v, enum netchan_type type, size_t *count);
 
-/* The serializer alone, for files or for other carriers. netchan_encode() writes at most `size` bytes to `out` and sets *used to the bytes
- * the value needs, also when they do not fit (out may be NULL when size is 0). Returns OK, ETOOBIG when it does not fit, EINVAL as
- * netchan_copy(), or ETYPE when the value holds a channel. */
+/* The serializer alone, for files or for other carriers. netchan_encode() writes at most `size` bytes to `out` and sets
+ * *used to the bytes the value needs, also when they do not fit (out may be NULL when size is 0). Returns OK, ETOOBIG
+ * when it does not fit, EINVAL as netchan_copy(), or ETYPE when the value holds a channel. */
 NETCHANDEF int netchan_encode(const netchan_value *v, void *out, size_t size, size_t *used);
-/* Decodes exactly `size` bytes into one new allocation of at most max_block bytes (0: no limit); clear *v later. Returns OK, EPROTO
- * when the bytes are not one whole value, ETOOBIG when it would need more than max_block, or ENOMEM; *v is nil then. */
+/* Decodes exactly `size` bytes into one new allocation of at most max_block bytes (0: no limit); clear *v later.
+ * Returns OK, EPROTO when the bytes are not one whole value, ETOOBIG when it would need more than max_block, or ENOMEM;
+ * *v is nil then. */
 NETCHANDEF int netchan_decode(netchan_value *v, const void *data, size_t size, size_t max_block);
 
 /* ====================================================================================================================
@@ -303,8 +315,8 @@ NETCHANDEF int netchan_decode(netchan_value *v, const void *data, size_t size, s
  *     ...
  *     if (netchan_unpack(&v, reading_fields, &r) == NETCHAN_OK) ...
  *
- * A member whose C type is not that of its row does not compile. As in Go's gob, names the reader does not know are skipped
- * and members the writer did not send stay as they are (zero, if the struct was).
+ * A member whose C type is not that of its row does not compile. As in Go's gob, names the reader does not know are
+ * skipped and members the writer did not send stay as they are (zero, if the struct was).
  * ================================================================================================================== */
 
 typedef enum netchan_kind {
@@ -337,14 +349,15 @@ typedef float netchan_c_F32;
 typedef double netchan_c_F64;
 typedef const char *netchan_c_STR;
 
-/* A size that does not compile unless the member's type is ctype: C makes `void` of two pointers without a common type, which no function
- * takes; C++ converts no pointer to a pointer to another type. */
+/* A size that does not compile unless the member's type is ctype: C makes `void` of two pointers without a common type,
+ * which no function takes; C++ converts no pointer to a pointer to another type. */
 #ifdef __cplusplus
 #define NETCHAN_PROOF(T, member, ctype) sizeof(((char (*)(ctype *))0)(&((T *)0)->member))
 #else
 #define NETCHAN_PROOF(T, member, ctype) sizeof(((char (*)(ctype))0)(*(1 ? &((T *)0)->member : (ctype *)0)))
 #endif
-#define NETCHAN_ROW(T, member, ctype, kind, table) { #member, offsetof(T, member) + 0 * NETCHAN_PROOF(T, member, ctype), kind, table }
+#define NETCHAN_ROW(T, member, ctype, kind, table)                                                                     \
+    { #member, offsetof(T, member) + 0 * NETCHAN_PROOF(T, member, ctype), kind, table }
 
 /* kind: BOOL, I32, I64, U32, U64, F32, F64 or STR. */
 #define NETCHAN_FIELD(T, member, kind) NETCHAN_ROW(T, member, netchan_c_##kind, NETCHAN_KIND_##kind, NULL)
@@ -354,8 +367,9 @@ typedef const char *netchan_c_STR;
 #define NETCHAN_FIELD_STRUCT(T, member, inner, table) NETCHAN_ROW(T, member, inner, NETCHAN_KIND_STRUCT, table)
 #define NETCHAN_FIELDS_END { NULL, 0, NETCHAN_KIND_END, NULL }
 
-/* Fills *out from a map, by the table. All fields are checked before the first is written. Returns OK, or ETYPE when v is not a map or a
- * field has another type or is out of range: netchan_errmsg() names it. Strings and values in *out are borrowed from v. */
+/* Fills *out from a map, by the table. All fields are checked before the first is written. Returns OK, or ETYPE when v
+ * is not a map or a field has another type or is out of range: netchan_errmsg() names it. Strings and values in *out
+ * are borrowed from v. */
 NETCHANDEF int netchan_unpack(const netchan_value *v, const netchan_field *fields, void *out);
 
 /* ====================================================================================================================
@@ -373,19 +387,21 @@ typedef struct netchan_peer {
 /* Makes a channel. capacity counts values; 0 makes each send a rendezvous. Returns NULL when out of memory. */
 NETCHANDEF netchan *netchan_make(size_t capacity);
 NETCHANDEF netchan *netchan_retain(netchan *ch); /* Counts one more holder and returns ch. NULL is returned as it is. */
-/* Counts one holder less; the last frees the channel and the values in it. NULL is allowed. Nobody may be waiting on it then, but who has
- * just taken its last value, or seen its send return, may free it at once. */
+/* Counts one holder less; the last frees the channel and the values in it. NULL is allowed. Nobody may be waiting on it
+ * then, but who has just taken its last value, or seen its send return, may free it at once. */
 NETCHANDEF void netchan_free(netchan *ch);
 
-/* Sends a copy of v. Returns OK when a receiver took it (capacity 0) or the buffer did; ETIMEDOUT, ECLOSED; ENOMEM; EINVAL for a
- * receiver end or for what cannot be a value; ETYPE when v holds a channel and ch leads to another process; ETOOBIG when v is
- * larger than the peer takes; ELOST or EUNKNOWN. With ch NULL it waits for timeout_ms, as in Go. */
+/* Sends a copy of v. Returns OK when a receiver took it (capacity 0) or the buffer did; ETIMEDOUT, ECLOSED; ENOMEM;
+ * EINVAL for a receiver end or for what cannot be a value; ETYPE when v holds a channel and ch leads to another
+ * process; ETOOBIG when v is larger than the peer takes; ELOST or EUNKNOWN. With ch NULL it waits for timeout_ms, as in
+ * Go. */
 NETCHANDEF int netchan_send(netchan *ch, netchan_value v, int timeout_ms);
-/* Receives into *v; the caller clears it. v may be NULL to drop the value. On any result but OK *v is nil. Returns OK; ECLOSED when
- * the channel is closed and empty; ETIMEDOUT; EINVAL for a sender end; ENOMEM; ELOST. */
+/* Receives into *v; the caller clears it. v may be NULL to drop the value. On any result but OK *v is nil. Returns OK;
+ * ECLOSED when the channel is closed and empty; ETIMEDOUT; EINVAL for a sender end; ENOMEM; ELOST. */
 NETCHANDEF int netchan_recv(netchan *ch, netchan_value *v, int timeout_ms);
-/* No more values will be sent. Those already in the channel can still be received; then receives return ECLOSED. Sends that wait
- * return ECLOSED. Does not wait and does not free. Returns OK, ECLOSED when it was closed before, or EINVAL on a receiver end. */
+/* No more values will be sent. Those already in the channel can still be received; then receives return ECLOSED. Sends
+ * that wait return ECLOSED. Does not wait and does not free. Returns OK, ECLOSED when it was closed before, or EINVAL
+ * on a receiver end. */
 NETCHANDEF int netchan_close(netchan *ch);
 /* Values in the buffer; at the dialling end of a link what this process knows of it. */
 NETCHANDEF size_t netchan_len(netchan *ch);
@@ -406,9 +422,10 @@ typedef struct netchan_case {
 NETCHANDEF netchan_case netchan_case_send(netchan *ch, netchan_value v);
 NETCHANDEF netchan_case netchan_case_recv(netchan *ch, netchan_value *v);
 
-/* Waits until exactly one of the cases happens; if several can, one of them by chance. A case on a closed channel can always happen, with
- * result ECLOSED. One channel may be in several cases; two cases of one select never serve each other. Returns the index of the
- * case (look at its result), or ETIMEDOUT, EINVAL, ENOMEM, ETYPE; with no case that has a channel it waits for timeout_ms. */
+/* Waits until exactly one of the cases happens; if several can, one of them by chance. A case on a closed channel can
+ * always happen, with result ECLOSED. One channel may be in several cases; two cases of one select never serve each
+ * other. Returns the index of the case (look at its result), or ETIMEDOUT, EINVAL, ENOMEM, ETYPE; with no case that has
+ * a channel it waits for timeout_ms. */
 NETCHANDEF int netchan_select(netchan_case *cases, size_t count, int timeout_ms);
 
 /* ====================================================================================================================
@@ -428,7 +445,7 @@ typedef struct netchan_options {
     /* Limits. 0 means the default, in brackets. */
     size_t buffer;      /* values that may be sent on link->send and not yet taken [0: each send is a rendezvous] */
     size_t max_message; /* bytes of one encoded value that may come in [128 MiB] */
-    size_t max_memory;  /* bytes that one peer's values may occupy here; at least twice max_message [twice max_message] */
+    size_t max_memory;  /* bytes that one peer's values may occupy here [and at least: twice max_message] */
     size_t max_ops;     /* operations of one peer that may wait here [65536] */
     size_t max_peers;   /* listening: connected peers [10000] */
     int connect_ms;     /* dialling: how long the first connection may take, negative: for ever [10000] */
@@ -436,18 +453,21 @@ typedef struct netchan_options {
     int ping_ms;        /* a heartbeat after this much silence; after three times as much the link is given up [5000] */
     bool no_redelivery; /* listening: values of unknown fate are counted instead of sent to another peer */
 
-    /* Told what happens: level 0 error, 1 warning, 2 information. Called from the library's thread without locks; must not block. */
+    /* Told what happens: level 0 error, 1 warning, 2 information. Called from the library's thread without locks; must
+     * not block. */
     void (*log)(void *arg, int level, const char *text);
     void *log_arg;
 } netchan_options;
 
 typedef struct netchan_link {
-    /* To the peer. On a listening link: to the first peer that is ready to receive; no two get the same value. Only for sends. */
+    /* To the peer. On a listening link: to the first peer that is ready to receive; no two get the same value. Only for
+     * sends. */
     netchan *send;
-    /* From the peer; on a listening link from all peers, each in its turn. A peer that closes its channel leaves this open to the
-     * others. Only for receives. */
+    /* From the peer; on a listening link from all peers, each in its turn. A peer that closes its channel leaves this
+     * open to the others. Only for receives. */
     netchan *recv;
-    /* What happened, as maps: {"event": ..., "peer": uint, "address": str, ...}. Receive from it, or do not: it holds the newest 64.
+    /* What happened, as maps: {"event": ..., "peer": uint, "address": str, ...}. Receive from it, or do not: it holds
+     * the newest 64.
      * "up"       a peer is connected. "listening": bool
      * "down"     its session ended. "reason": str; "unknown": uint, values whose fate only the peer knew
      * "rejected" a stranger was turned away. "reason": str
@@ -462,27 +482,29 @@ typedef struct netchan_report {
     size_t unknown;     /* values of which only the peer knew, since the link was opened */
 } netchan_report;
 
-/* Listens on "host:port", "[ipv6]:port" or ":port" (all addresses); port 0 picks a free one, see link->address. options is copied. Returns
- * NULL with netchan_errmsg(): the address, the options, the key or the system's limits were not good. */
+/* Listens on "host:port", "[ipv6]:port" or ":port" (all addresses); port 0 picks a free one, see link->address. options
+ * is copied. Returns NULL with netchan_errmsg(): the address, the options, the key or the system's limits were not
+ * good. */
 NETCHANDEF netchan_link *netchan_listen(const char *address, const netchan_options *options);
-/* Connects to a listener and proves both sides; waits up to connect_ms, also for a listener that is not there yet. Later a lost link is
- * dialled again for ever. Returns NULL with netchan_errmsg() when it could not be reached in time, or at once when either side
- * does not trust the other. */
+/* Connects to a listener and proves both sides; waits up to connect_ms, also for a listener that is not there yet.
+ * Later a lost link is dialled again for ever. Returns NULL with netchan_errmsg() when it could not be reached in time,
+ * or at once when either side does not trust the other. */
 NETCHANDEF netchan_link *netchan_dial(const char *address, const netchan_options *options);
-/* Waits up to linger_ms until all that was sent has arrived (a dialler's values in the listener's buffer, a listener's at its peers), ends the
- * connections, and frees the link. At a dialler nothing new begins on its channels from now on, at a listener from then on; operations that
- * still wait end with ECLOSED (ELOST or EUNKNOWN if they were being committed). *report (may be NULL) tells what was not delivered. Returns OK, or
- * ETIMEDOUT when values were left; the link is gone all the same. NULL is allowed. */
+/* Waits up to linger_ms until all that was sent has arrived (a dialler's values in the listener's buffer, a listener's
+ * at its peers), ends the connections, and frees the link. At a dialler nothing new begins on its channels from now on,
+ * at a listener from then on; operations that still wait end with ECLOSED (ELOST or EUNKNOWN if they were being
+ * committed). *report (may be NULL) tells what was not delivered. Returns OK, or ETIMEDOUT when values were left; the
+ * link is gone all the same. NULL is allowed. */
 NETCHANDEF int netchan_hangup(netchan_link *link, netchan_report *report);
 
 #define NETCHAN_KEY_SIZE 65         /* bytes of a generated key, with its NUL */
 #define NETCHAN_FINGERPRINT_SIZE 72 /* bytes of a fingerprint, with its NUL */
 
-/* Makes a fresh shared key of 64 hexadecimal digits (256 bits). size must be at least NETCHAN_KEY_SIZE. Returns OK, EINVAL, or ENET when
- * the system gives no randomness. */
+/* Makes a fresh shared key of 64 hexadecimal digits (256 bits). size must be at least NETCHAN_KEY_SIZE. Returns OK,
+ * EINVAL, or ENET when the system gives no randomness. */
 NETCHANDEF int netchan_keygen(char *out, size_t size);
-/* The fingerprint of a certificate (a path, or PEM text), to be given to the other side as its pin. size must be at least
- * NETCHAN_FINGERPRINT_SIZE. Returns OK, or EINVAL when it cannot be read. */
+/* The fingerprint of a certificate (a path, or PEM text), to be given to the other side as its pin. size must be at
+ * least NETCHAN_FINGERPRINT_SIZE. Returns OK, or EINVAL when it cannot be read. */
 NETCHANDEF int netchan_fingerprint(const char *cert, char *out, size_t size);
 
 /* ====================================================================================================================
@@ -695,7 +717,8 @@ static void netchan__store(uint8_t *p, uint64_t n, size_t size) {
     for (size_t i = 0; i < size; i++) p[i] = (uint8_t)(n >> (8 * i));
 }
 
-/* Open addressing with linear probing and deletion by shifting back (Knuth, TAOCP 6.4, algorithm R). Key 0 marks a free slot. */
+/* Open addressing with linear probing and deletion by shifting back (Knuth, TAOCP 6.4, algorithm R). Key 0 marks a free
+ * slot. */
 typedef struct netchan__map_slot {
     uint64_t key;
     void *item;
@@ -820,8 +843,8 @@ static int netchan__fail_memory(const char *function) {
  * [4] Values: TLV encode and decode as pure functions; no locks. A value that owns memory owns one block, which begins
  * at its as.block.data; everything inside it points into that block. Encoding is written from the back, so that every
  * LEN is known when it is written and each value is visited once to measure and once to write.
- * Invariant: decoding what encoding made gives an equal value; decoding anything else gives a value or an error, reads no byte
- * outside and allocates at most once, after everything was checked.
+ * Invariant: decoding what encoding made gives an equal value; decoding anything else gives a value or an error, reads
+ * no byte outside and allocates at most once, after everything was checked.
  * ================================================================================================================== */
 
 enum { NETCHAN__OWNED = 1, NETCHAN__HAS_CHANNELS = 2 };
@@ -1051,7 +1074,8 @@ static int netchan__measure_children(const netchan_value *v, unsigned depth, net
         if (result != NETCHAN_OK) return result;
     }
     m->wire += netchan__length_prefixed(netchan__varint_size(count) + inner.wire);
-    m->block += netchan__align(count * netchan__item_size(v->type == NETCHAN_ARRAY ? NETCHAN_ARRAY : NETCHAN_MAP)) + inner.block;
+    m->block += netchan__align(count * netchan__item_size(v->type == NETCHAN_ARRAY ? NETCHAN_ARRAY : NETCHAN_MAP)) +
+                inner.block;
     m->channels |= inner.channels;
     return NETCHAN_OK;
 }
@@ -1074,7 +1098,8 @@ static int netchan__measure_value(const netchan_value *v, unsigned depth, netcha
     case NETCHAN_I32S: case NETCHAN_I64S: case NETCHAN_F32S: case NETCHAN_F64S: {
         size_t size = v->as.block.count * netchan__item_size(v->type);
         if ((v->as.block.count && !v->as.block.data) || size / netchan__item_size(v->type) != v->as.block.count)
-            return netchan__fail(NETCHAN_EINVAL, "this value is a block of %zu items with a NULL pointer, or of impossible size",
+            return netchan__fail(NETCHAN_EINVAL,
+                                 "this value is a block of %zu items with a NULL pointer, or of impossible size",
                                  v->as.block.count);
         m->wire += v->type == NETCHAN_STR && size < 64 ? 1 + size : netchan__length_prefixed(size);
         m->block += size ? netchan__align(size + (v->type == NETCHAN_STR)) : 0;
@@ -1181,8 +1206,10 @@ NETCHANDEF int netchan_encode(const netchan_value *v, void *out, size_t size, si
     int result = netchan__measure_value(v, 0, &m);
     if (result != NETCHAN_OK) return result;
     if (used) *used = m.wire;
-    if (m.channels) return netchan__fail(NETCHAN_ETYPE, "netchan_encode: the value holds a channel, which has no bytes");
-    if (size < m.wire) return netchan__fail(NETCHAN_ETOOBIG, "netchan_encode: %zu bytes needed, %zu given", m.wire, size);
+    if (m.channels)
+        return netchan__fail(NETCHAN_ETYPE, "netchan_encode: the value holds a channel, which has no bytes");
+    if (size < m.wire)
+        return netchan__fail(NETCHAN_ETOOBIG, "netchan_encode: %zu bytes needed, %zu given", m.wire, size);
     netchan__write_value((uint8_t *)out + m.wire, v);
     return NETCHAN_OK;
 }
@@ -1278,8 +1305,8 @@ static enum netchan_type netchan__tag_type(unsigned tag) {
     }
 }
 
-/* Reads one value's head. A scalar is read whole into *v. A block's *v has its type and its count (bytes, items or entries) and
- * *body its payload after that count. */
+/* Reads one value's head. A scalar is read whole into *v. A block's *v has its type and its count (bytes, items or
+ * entries) and *body its payload after that count. */
 static void netchan__read_head(netchan__reader *r, netchan_value *v, netchan__reader *body) {
     const uint8_t *p = netchan__read_bytes(r, 1);
     unsigned tag = p ? (unsigned)*p : (unsigned)NETCHAN__TAG_NIL;
@@ -1383,9 +1410,11 @@ static int netchan__decode(netchan_value *v, const void *data, size_t size, size
     *v = netchan__nil_value;
     netchan__scan_value(&r, 0, &need);
     *memory = need;
-    if (r.bad || netchan__left(&r)) return netchan__fail(NETCHAN_EPROTO, "these %zu bytes are not one whole value", size);
+    if (r.bad || netchan__left(&r))
+        return netchan__fail(NETCHAN_EPROTO, "these %zu bytes are not one whole value", size);
     if (max_block && need > max_block)
-        return netchan__fail(NETCHAN_ETOOBIG, "a value of %zu bytes would need %zu in memory, more than the limit of %zu", size, need,
+        return netchan__fail(NETCHAN_ETOOBIG,
+                             "a value of %zu bytes would need %zu in memory, more than the limit of %zu", size, need,
                              max_block);
     if (need && !(block = (uint8_t *)NETCHAN_MALLOC(need))) return netchan__fail_memory("decoding a value");
     uint8_t *at = block;
@@ -1465,7 +1494,8 @@ NETCHANDEF const void *netchan_as_block(const netchan_value *v, enum netchan_typ
 static bool netchan__fits(const netchan_value *v, const netchan_field *f) {
     switch (f->kind) {
     case NETCHAN_KIND_BOOL: return v->type == NETCHAN_BOOL;
-    case NETCHAN_KIND_I32: return netchan_as_int(v, INT64_MAX) >= INT32_MIN && netchan_as_int(v, INT64_MAX) <= INT32_MAX;
+    case NETCHAN_KIND_I32:
+        return netchan_as_int(v, INT64_MAX) >= INT32_MIN && netchan_as_int(v, INT64_MAX) <= INT32_MAX;
     case NETCHAN_KIND_I64: return netchan_as_int(v, 0) == netchan_as_int(v, 1);
     case NETCHAN_KIND_U32: return netchan_as_uint(v, UINT64_MAX) <= UINT32_MAX;
     case NETCHAN_KIND_U64: return netchan_as_uint(v, 0) == netchan_as_uint(v, 1);
@@ -1480,18 +1510,31 @@ static bool netchan__fits(const netchan_value *v, const netchan_field *f) {
 }
 
 static int netchan__check_fields(const netchan_value *v, const netchan_field *fields) {
-    static const char *const kinds[] = {"",      "a bool",   "an int of 32 bits",  "an int of 64 bits", "a uint of 32 bits", "a uint of 64 bits",
-                                        "a float", "a float", "a string",           "a value",           "a map"};
-    static const char *const types[] = {"nil",   "a bool",  "an int",     "a uint",     "a float",     "a string",     "bytes",      "an array",
-                                        "a map", "a channel", "a channel", "an i32 array", "an i64 array", "an f32 array", "an f64 array", "a struct"};
+    static const char *const kinds[] = {"",
+                                        "a bool",
+                                        "an int of 32 bits",
+                                        "an int of 64 bits",
+                                        "a uint of 32 bits",
+                                        "a uint of 64 bits",
+                                        "a float",
+                                        "a float",
+                                        "a string",
+                                        "a value",
+                                        "a map"};
+    static const char *const types[] = {
+        "nil",   "a bool",    "an int",    "a uint",       "a float",      "a string",     "bytes",        "an array",
+        "a map", "a channel", "a channel", "an i32 array", "an i64 array", "an f32 array", "an f64 array", "a struct"};
     if (v->type != NETCHAN_MAP)
-        return netchan__fail(NETCHAN_ETYPE, "netchan_unpack: the value is %s, not a map", types[v->type <= NETCHAN_STRUCT ? v->type : 0]);
+        return netchan__fail(NETCHAN_ETYPE, "netchan_unpack: the value is %s, not a map",
+                             types[v->type <= NETCHAN_STRUCT ? v->type : 0]);
     for (const netchan_field *f = fields; f->kind != NETCHAN_KIND_END; f++) {
         const netchan_value *item = netchan_get(v, f->name);
         if (item == &netchan__nil_value) continue;
         if (!netchan__fits(item, f))
-            return netchan__fail(NETCHAN_ETYPE, "netchan_unpack: field \"%s\" is %s%s, not %s", f->name, types[item->type],
-                                 item->type == NETCHAN_INT || item->type == NETCHAN_UINT ? " (perhaps out of range)" : "", kinds[f->kind]);
+            return netchan__fail(
+                NETCHAN_ETYPE, "netchan_unpack: field \"%s\" is %s%s, not %s", f->name, types[item->type],
+                item->type == NETCHAN_INT || item->type == NETCHAN_UINT ? " (perhaps out of range)" : "",
+                kinds[f->kind]);
         int result = f->kind == NETCHAN_KIND_STRUCT ? netchan__check_fields(item, f->fields) : NETCHAN_OK;
         if (result != NETCHAN_OK) return result;
     }
@@ -1531,21 +1574,23 @@ NETCHANDEF int netchan_unpack(const netchan_value *v, const netchan_field *field
 /* ====================================================================================================================
  * [6] Channels: queues, lanes, buffers, and the pairing of who waits with who waits.
  *
- * An operation is one blocked send, receive or select. It waits with one waiter per case, each in the queue of its channel.
- * Operations of this process live on the stack of the blocked call; those of other processes are heap waiters without an op.
- * A channel has its home in the process that made it; elsewhere it is an end, which only forwards. A home has one lane, or, when it
- * merges what many peers send, one lane per peer. A lane is a buffer with its waiting senders.
+ * An operation is one blocked send, receive or select. It waits with one waiter per case, each in the queue of its
+ * channel. Operations of this process live on the stack of the blocked call; those of other processes are heap waiters
+ * without an op. A channel has its home in the process that made it; elsewhere it is an end, which only forwards. A
+ * home has one lane, or, when it merges what many peers send, one lane per peer. A lane is a buffer with its waiting
+ * senders.
  *
- * Locks. A channel starts with a mutex of its own. From the first time that it meets another process, or a select that does, its
- * lock is netchan__net_lock, for good, together with all channels of all operations that wait on it. So an operation is either wholly
- * under netchan__net_lock ("net") or not at all. Order: netchan__net_lock, then own mutexes by address, then an operation's mutex.
+ * Locks. A channel starts with a mutex of its own. From the first time that it meets another process, or a select that
+ * does, its lock is netchan__net_lock, for good, together with all channels of all operations that wait on it. So an
+ * operation is either wholly under netchan__net_lock ("net") or not at all. Order: netchan__net_lock, then own mutexes
+ * by address, then an operation's mutex.
  *
  * Invariants.
- *   I1  An operation leaves OPEN once: by compare-and-swap, as several own mutexes may reach it. Outside net it goes to DONE only (ENGAGED
- *       is seen there only of an operation that is about to be DONE).
- *   I2  Whoever holds a channel's lock leaves no idle sender and idle receiver that could be paired.
- *   I3  count + out + reserved + lent <= cap in every lane: values in the buffer, values being claimed, slots being filled, credit.
- *   I4  Values of one lane leave in the order in which they entered: while a value is out on a claim that can be declined, no other goes.
+ *   I1  An operation leaves OPEN once: by compare-and-swap, as several own mutexes may reach it. Outside net it goes to
+ * DONE only (ENGAGED is seen there only of an operation that is about to be DONE). I2  Whoever holds a channel's lock
+ * leaves no idle sender and idle receiver that could be paired. I3  count + out + reserved + lent <= cap in every lane:
+ * values in the buffer, values being claimed, slots being filled, credit. I4  Values of one lane leave in the order in
+ * which they entered: while a value is out on a claim that can be declined, no other goes.
  * ================================================================================================================== */
 
 typedef struct netchan__op netchan__op;
@@ -1554,9 +1599,11 @@ typedef struct netchan__match netchan__match;
 typedef struct netchan__lane netchan__lane;
 typedef struct netchan__peer netchan__peer;
 
-/* A frame fits into one TLS record. A value of more encoded bytes than a fragment is never in the frame that announces it. */
+/* A frame fits into one TLS record. A value of more encoded bytes than a fragment is never in the frame that announces
+ * it. */
 enum { NETCHAN__FRAME_MAX = 16384, NETCHAN__FRAGMENT = NETCHAN__FRAME_MAX - 128 };
-/* How much larger a value may be in memory than on the wire: a nil in an array is one byte there and a netchan_value here. */
+/* How much larger a value may be in memory than on the wire: a nil in an array is one byte there and a netchan_value
+ * here. */
 enum { NETCHAN__SWELL = 24 };
 
 enum netchan__op_state {
@@ -1676,9 +1723,10 @@ struct netchan {
     netchan__peer *home;   /* NULL while there is no session */
     uint64_t channel;      /* its number there */
     size_t credit;         /* values that may be sent at once */
-    netchan__buf backlog;  /* values that were sent within the credit of an earlier session and never left: LEN, value, ... */
+    netchan__buf
+        backlog; /* values that were sent within the credit of an earlier session and never left: LEN, value, ... */
     size_t backlog_count;
-    size_t in_flight;      /* values that were sent in this session and, as far as this process knows, are in the buffer */
+    size_t in_flight; /* values that were sent in this session and, as far as this process knows, are in the buffer */
     bool close_sent;
 };
 
@@ -1836,7 +1884,8 @@ static void netchan__mark_dirty(netchan *ch) {
     netchan__net.dirty = ch;
 }
 
-/* The peer did what it may not, or memory for it is short: the I/O thread will end its session. what: the end of a sentence about it. */
+/* The peer did what it may not, or memory for it is short: the I/O thread will end its session. what: the end of a
+ * sentence about it. */
 static void netchan__breach(netchan__peer *p, const char *what) {
     if (!p->breach) p->breach = what;
     netchan__net.breached = netchan__net.wake = true;
@@ -1925,8 +1974,8 @@ static void netchan__unregister(netchan__waiter *w);
 
 static NETCHAN__THREAD_LOCAL netchan__op *netchan__to_wake;
 
-/* The operation is over: case w happened, or none. Its outcome besides index and result was written before. Its thread is woken by
- * netchan__wake_finished(). */
+/* The operation is over: case w happened, or none. Its outcome besides index and result was written before. Its thread
+ * is woken by netchan__wake_finished(). */
 static void netchan__finish(netchan__op *op, netchan__waiter *w, int result) {
     op->index = w ? (int)w->index : -1;
     op->result = result;
@@ -1941,7 +1990,8 @@ static void netchan__finish(netchan__op *op, netchan__waiter *w, int result) {
     netchan__to_wake = op;
 }
 
-/* Wakes the threads of the operations that this thread has finished. Caller has given back all locks: who wakes may free the channel. */
+/* Wakes the threads of the operations that this thread has finished. Caller has given back all locks: who wakes may
+ * free the channel. */
 static void netchan__wake_finished(void) {
     while (netchan__to_wake) {
         netchan__op *op = netchan__to_wake;
@@ -1973,7 +2023,8 @@ static void netchan__forget(netchan__waiter *w) {
 }
 
 /* A frame of numbers only. Those that its type does not have are 0. */
-static void netchan__emit_ids(netchan__peer *p, unsigned type, uint64_t channel, uint64_t entry, uint64_t match, uint64_t number, uint64_t size) {
+static void netchan__emit_ids(netchan__peer *p, unsigned type, uint64_t channel, uint64_t entry, uint64_t match,
+                              uint64_t number, uint64_t size) {
     netchan__frame f;
     memset(&f, 0, sizeof f);
     f.type = type;
@@ -2004,8 +2055,8 @@ static uint64_t netchan__sender_number(const netchan__lane *lane, const netchan_
     return s && !s->op ? s->peer_number : lane->peer_number;
 }
 
-/* Lends free slots to the peer of the lane; in batches, unless it has none left. What is lent and what came must fit into half of max_memory,
- * even if every value swells as much as one can. */
+/* Lends free slots to the peer of the lane; in batches, unless it has none left. What is lent and what came must fit
+ * into half of max_memory, even if every value swells as much as one can. */
 static void netchan__lend(netchan__lane *lane) {
     netchan__peer *p = lane->peer;
     if (!p || lane->closing || !lane->cap || lane->senders.head) return;
@@ -2039,8 +2090,9 @@ static bool netchan__lockable(const netchan__waiter *w) {
     return !w || (w->op ? netchan__state(w->op) == NETCHAN__OPEN : w->is_send && w->here);
 }
 
-/* Both parties can be locked here and now: the value passes at once. Outside net the other operation may go elsewhere meanwhile: then its
- * waiter leaves the queue and all else stays. At most one of the two is not that of the calling thread. */
+/* Both parties can be locked here and now: the value passes at once. Outside net the other operation may go elsewhere
+ * meanwhile: then its waiter leaves the queue and all else stays. At most one of the two is not that of the calling
+ * thread. */
 static void netchan__pass(netchan__lane *lane, netchan__waiter *s, netchan__waiter *r) {
     if (s && s->op && !netchan__change_state(s->op, NETCHAN__OPEN, NETCHAN__ENGAGED)) {
         netchan__dequeue(s);
@@ -2079,7 +2131,8 @@ static const uint8_t *netchan__process_of(const netchan__waiter *w) {
 /* Also when one of them came back to its own process over a link. */
 static bool netchan__same_op(const netchan__waiter *a, const netchan__waiter *b) {
     if (a->op && b->op) return a->op == b->op;
-    return a->op_id == b->op_id && memcmp(netchan__process_of(a), netchan__process_of(b), sizeof netchan__net.process) == 0;
+    return a->op_id == b->op_id &&
+           memcmp(netchan__process_of(a), netchan__process_of(b), sizeof netchan__net.process) == 0;
 }
 
 /* Operations that were finished outside net are met in the queues until their thread has left these. */
@@ -2105,7 +2158,8 @@ static bool netchan__has_room(const netchan__waiter *s) {
     return held == 0 || held + s->size <= s->peer->max_memory / 2;
 }
 
-/* Moves waiting senders into free slots. Each step may take any waiter out of the queue, so each begins anew. Returns whether it did. */
+/* Moves waiting senders into free slots. Each step may take any waiter out of the queue, so each begins anew. Returns
+ * whether it did. */
 static bool netchan__fill(netchan__lane *lane) {
     bool moved = false;
     for (; netchan__slot_free(lane) && !lane->closing; moved = true) {
@@ -2129,7 +2183,8 @@ static bool netchan__fill(netchan__lane *lane) {
 static bool netchan__is_too_big(const netchan__waiter *r, size_t size) {
     if (r->op) return false;
     const netchan__peer *p = r->peer;
-    return size > p->their_message || (size > NETCHAN__FRAGMENT && p->shipping && p->shipping + size > p->their_memory / 2);
+    return size > p->their_message ||
+           (size > NETCHAN__FRAGMENT && p->shipping && p->shipping + size > p->their_memory / 2);
 }
 
 /* Is it too big for every process that could receive it? While there is none, nobody knows. */
@@ -2159,7 +2214,9 @@ static bool netchan__serve(netchan *ch) {
             for (; s; s = s->next) {
                 if (netchan__is_stale(s) || netchan__same_op(s, r) || !netchan__has_room(s)) continue;
                 if (!netchan__is_too_big(r, s->size)) break;
-                if (!netchan__fits_nobody(ch, s->size) || (s->op && !netchan__change_state(s->op, NETCHAN__OPEN, NETCHAN__ENGAGED))) continue;
+                if (!netchan__fits_nobody(ch, s->size) ||
+                    (s->op && !netchan__change_state(s->op, NETCHAN__OPEN, NETCHAN__ENGAGED)))
+                    continue;
                 netchan__dequeue(s);
                 netchan__finish_sender(s, NETCHAN_ETOOBIG, 0);
                 netchan__update_ready(lane);
@@ -2177,7 +2234,8 @@ static bool netchan__serve(netchan *ch) {
 /* A closing lane or channel that has nothing left: receivers learn it. */
 static void netchan__finish_close(netchan *ch);
 
-/* Pairs all that can be paired (I2). Caller holds the channel's lock, and outside net the locks of all channels of its operation. */
+/* Pairs all that can be paired (I2). Caller holds the channel's lock, and outside net the locks of all channels of its
+ * operation. */
 static void netchan__pair(netchan *ch) {
     if (ch->is_end) return;
     do {
@@ -2234,19 +2292,21 @@ static void netchan__lane_clear(netchan__lane *lane) {
 /* ====================================================================================================================
  * [7] The commit protocol: pairs whose parties are in different processes, or are selects engaged elsewhere. All net.
  *
- * A home brings two parties together in a match. It locks both operations in order: the sender's first, then the receiver's; but
- * when both have several cases, the operation with the smaller id first. Who cannot refuse (a slot, a buffered value, an offered value,
- * a local operation with one case) is locked before all. A local operation is locked by its state, a remote one by a CLAIM, which
- * it answers with GRANT or, when it is over, DECLINE. The last lock is the commit, and only its claim is final.
+ * A home brings two parties together in a match. It locks both operations in order: the sender's first, then the
+ * receiver's; but when both have several cases, the operation with the smaller id first. Who cannot refuse (a slot, a
+ * buffered value, an offered value, a local operation with one case) is locked before all. A local operation is locked
+ * by its state, a remote one by a CLAIM, which it answers with GRANT or, when it is over, DECLINE. The last lock is the
+ * commit, and only its claim is final.
  *
  * Invariants (checked on a model with cycles of selects, timeouts and lost sessions):
- *   P1  An engaged operation queues further claims and answers them when it is released or over; it never refuses for being busy.
- *   P2  A match with a claim outstanding to a living party is never abandoned; a withdrawal or loss is remembered until the answer.
- *   P3  A value that left on a claim stays at home until the answer: a DECLINE carries none.
+ *   P1  An engaged operation queues further claims and answers them when it is released or over; it never refuses for
+ * being busy. P2  A match with a claim outstanding to a living party is never abandoned; a withdrawal or loss is
+ * remembered until the answer. P3  A value that left on a claim stays at home until the answer: a DECLINE carries none.
  *   P4  A sender's OK follows a receiver's commit: a final GRANT, or TAKEN.
  *   P5  On release an operation looks first at its time, its closed and its lost cases, then at its queued claims.
  *
- * What falls through or is released is queued in netchan__net and worked off by netchan__settle(), so that nothing here recurses.
+ * What falls through or is released is queued in netchan__net and worked off by netchan__settle(), so that nothing here
+ * recurses.
  * ================================================================================================================== */
 
 enum netchan__lock_answer { NETCHAN__LOCKED, NETCHAN__ASKED, NETCHAN__GONE };
@@ -2284,7 +2344,8 @@ static void netchan__unlink_match(netchan__match *m) {
     if (m->sender) m->sender->match = NULL;
     if (m->receiver) m->receiver->match = NULL;
     if (m->receiver && m->receiver->peer && !m->receiver->op) m->receiver->peer->shipping -= m->shipping;
-    if (m->sender && !m->sender->op && !m->sender->here && !m->sender->lost && m->announced) m->sender->peer->reserved -= m->announced;
+    if (m->sender && !m->sender->op && !m->sender->here && !m->sender->lost && m->announced)
+        m->sender->peer->reserved -= m->announced;
 }
 
 static void netchan__free_match(netchan__match *m) {
@@ -2565,7 +2626,8 @@ static void netchan__withdraw_others(netchan__op *op, const netchan__waiter *w) 
                 m->next_declined = netchan__net.declined;
                 netchan__net.declined = m;
             }
-        } else if (other->peer && other->claim) netchan__emit_ids(other->peer, NETCHAN__DECLINE, 0, 0, other->claim, 0, 0);
+        } else if (other->peer && other->claim)
+            netchan__emit_ids(other->peer, NETCHAN__DECLINE, 0, 0, other->claim, 0, 0);
         else if (other->peer) netchan__emit_entry(other, NETCHAN__WITHDRAW, 0, 0);
         netchan__unregister(other);
     }
@@ -2669,8 +2731,8 @@ static void netchan__on_commit(netchan__peer *p, netchan__frame *f) {
 }
 
 /* Adds a fragment. Returns true when the value is whole, which is then in *v. */
-static bool netchan__gather(netchan__peer *p, netchan__buf *incoming, size_t announced, const netchan__frame *f, netchan_value *v,
-                            size_t *memory) {
+static bool netchan__gather(netchan__peer *p, netchan__buf *incoming, size_t announced, const netchan__frame *f,
+                            netchan_value *v, size_t *memory) {
     if (!announced || f->count > announced - netchan__buf_size(incoming)) {
         netchan__breach(p, "it sent more fragments than it had announced");
         return false;
@@ -2761,7 +2823,8 @@ static void netchan__flush_backlog(netchan *ch) {
 
 static void netchan__register(netchan__waiter *w);
 
-/* Sends within credit, of which an offer of a large value costs as much; then the close, once all before it is on its way. */
+/* Sends within credit, of which an offer of a large value costs as much; then the close, once all before it is on its
+ * way. */
 static void netchan__pair_end(netchan *ch) {
     netchan__flush_backlog(ch);
     while (ch->home && ch->credit && !ch->backlog_count) {
@@ -2779,7 +2842,8 @@ static void netchan__pair_end(netchan *ch) {
         f.has_value = true;
         f.value = s->value;
         f.size = s->size;
-        if (ch->home->emit(ch->home, &f) == UINT64_MAX) return; /* the session is broken; the value waits for the next */
+        if (ch->home->emit(ch->home, &f) == UINT64_MAX)
+            return; /* the session is broken; the value waits for the next */
         ch->credit--;
         ch->in_flight++;
         netchan__dequeue(s);
@@ -2825,7 +2889,8 @@ static void netchan__register(netchan__waiter *w) {
     f.entry = id;
     f.op = w->op_id;
     f.size = w->size;
-    if (w->is_send && !w->multi && (w->firm || w->is_try) && !large && p->offered + w->size <= netchan__offer_limit(p->their_memory)) {
+    if (w->is_send && !w->multi && (w->firm || w->is_try) && !large &&
+        p->offered + w->size <= netchan__offer_limit(p->their_memory)) {
         w->here = true;
         f.has_value = true;
         f.value = w->value;
@@ -2849,8 +2914,8 @@ static void netchan__on_credit(netchan__peer *p, netchan__frame *f) {
     netchan__mark_dirty(ch);
 }
 
-/* Local operations that wait in the queue end with ECLOSED, unless they are engaged, or their value is at home: they learn its fate from
- * there. */
+/* Local operations that wait in the queue end with ECLOSED, unless they are engaged, or their value is at home: they
+ * learn its fate from there. */
 static void netchan__end_waiters(netchan__queue *q) {
     for (netchan__waiter *w = q->head; w;) {
         if (!w->op || w->here || !netchan__change_state(w->op, NETCHAN__OPEN, NETCHAN__ENGAGED)) {
@@ -2881,7 +2946,8 @@ static void netchan__on_waiter(netchan__peer *p, netchan__frame *f) {
     netchan__lane *lane = p->lane;
     netchan *ch = is_send ? (lane ? lane->ch : NULL) : p->work;
     bool here = (f->flags & NETCHAN__HERE) != 0;
-    if (!ch || f->channel != (is_send ? 0u : 1u) || !f->entry || netchan__map_get(&p->waiters, f->entry) || here != f->has_value) {
+    if (!ch || f->channel != (is_send ? 0u : 1u) || !f->entry || netchan__map_get(&p->waiters, f->entry) ||
+        here != f->has_value) {
         netchan__breach(p, "it offered or demanded on a channel that does not exist, or twice");
         return;
     }
@@ -3050,7 +3116,8 @@ static void netchan__on_close(netchan__peer *p, netchan__frame *f) {
     netchan__lane_changed(p->lane);
 }
 
-/* Works off one message of a peer, which may be any bytes: what it may not say is a breach. Call netchan__settle() after the last. */
+/* Works off one message of a peer, which may be any bytes: what it may not say is a breach. Call netchan__settle()
+ * after the last. */
 static void netchan__handle(netchan__peer *p, netchan__frame *f) {
     bool from_home = p->send != NULL, to_home = p->work != NULL;
     if (f->type == NETCHAN__FRAGMENT_OF) {
@@ -3110,7 +3177,8 @@ static void netchan__reopen(netchan__op *op) {
     if (!w) {
         for (size_t i = 0; i < op->count; i++)
             if (op->waiters[i].ch) netchan__mark_dirty(op->waiters[i].ch);
-        for (size_t i = 0; i < op->count && netchan__state(op) == NETCHAN__OPEN; i++) /* what was too big meanwhile learns it */
+        for (size_t i = 0; i < op->count && netchan__state(op) == NETCHAN__OPEN;
+             i++) /* what was too big meanwhile learns it */
             if (op->waiters[i].queue && op->waiters[i].ch->is_end) netchan__register(&op->waiters[i]);
         return;
     }
@@ -3126,7 +3194,8 @@ static void netchan__reopen(netchan__op *op) {
     netchan__locked(w->match);
 }
 
-/* Who does not answer a claim holds up whoever waits on the other side of the match: after its patience that is a breach. */
+/* Who does not answer a claim holds up whoever waits on the other side of the match: after its patience that is a
+ * breach. */
 static void netchan__check_claims(uint64_t now) {
     for (size_t i = 0; i < netchan__net.matches.cap; i++) {
         if (!netchan__net.matches.slots[i].key) continue;
@@ -3187,7 +3256,8 @@ static void netchan__end_up(netchan__peer *p, netchan *ch) {
     }
 }
 
-/* One local waiter at an end whose home is gone. Truthful: what never left may go again, what may have been taken is unknown. */
+/* One local waiter at an end whose home is gone. Truthful: what never left may go again, what may have been taken is
+ * unknown. */
 static void netchan__waiter_lost(netchan__waiter *w, uint64_t sent) {
     netchan__op *op = w->op;
     bool engaged = op->engaged == w && netchan__state(op) >= NETCHAN__ENGAGED;
@@ -3226,7 +3296,8 @@ static void netchan__waiter_lost(netchan__waiter *w, uint64_t sent) {
     } /* else it waits for the next session */
 }
 
-/* The dialling side has lost its session. The values that were sent within credit and never left are in the backlog again: unsent of them. */
+/* The dialling side has lost its session. The values that were sent within credit and never left are in the backlog
+ * again: unsent of them. */
 static void netchan__end_lost(netchan *ch, netchan__peer *p, size_t unsent) {
     if (!p->has_all) p->unknown += ch->in_flight - unsent;
     ch->home = NULL;
@@ -3294,8 +3365,9 @@ static void netchan__home_lost(netchan__peer *p) {
 }
 
 /* ====================================================================================================================
- * [8] Operations: what a blocked call does. It registers one waiter per case under the locks of all its channels, pairs, and, if nothing
- * could happen at once, sleeps on its own condition until somebody finishes it or its time is up.
+ * [8] Operations: what a blocked call does. It registers one waiter per case under the locks of all its channels,
+ * pairs, and, if nothing could happen at once, sleeps on its own condition until somebody finishes it or its time is
+ * up.
  * ================================================================================================================== */
 
 static pthread_mutex_t *netchan__lock_of(netchan *ch) {
@@ -3329,7 +3401,8 @@ static pthread_mutex_t *netchan__lock_channel(netchan *ch) {
     }
 }
 
-/* Puts a channel under netchan__net_lock, with all channels of all operations that wait on it. Caller holds netchan__net_lock. */
+/* Puts a channel under netchan__net_lock, with all channels of all operations that wait on it. Caller holds
+ * netchan__net_lock. */
 static void netchan__adopt(netchan *ch) {
     if (netchan__is_net(ch)) return;
     pthread_mutex_lock(&ch->own); /* who is inside leaves first */
@@ -3428,7 +3501,8 @@ static void netchan__cond_init(pthread_cond_t *cond) {
 #endif
 }
 
-/* Waits until the condition is signalled or the monotonic clock shows the deadline. Returns false when it does. May wake for nothing. */
+/* Waits until the condition is signalled or the monotonic clock shows the deadline. Returns false when it does. May
+ * wake for nothing. */
 static bool netchan__cond_wait(pthread_cond_t *cond, pthread_mutex_t *mutex, uint64_t deadline) {
     if (deadline == UINT64_MAX) return pthread_cond_wait(cond, mutex) == 0;
     struct timespec t;
@@ -3454,15 +3528,19 @@ static int netchan__prepare(netchan__waiter *w, netchan_case *c) {
     w->is_send = c->is_send;
     if (!c->is_send) {
         if (c->into) *c->into = netchan__nil_value;
-        if (w->ch && !w->ch->may_receive) return netchan__fail(NETCHAN_EINVAL, "this channel is only for sends; receive from the other one");
+        if (w->ch && !w->ch->may_receive)
+            return netchan__fail(NETCHAN_EINVAL, "this channel is only for sends; receive from the other one");
         return NETCHAN_OK;
     }
-    if (w->ch && !w->ch->may_send) return netchan__fail(NETCHAN_EINVAL, "this channel is only for receives; send to the other one");
+    if (w->ch && !w->ch->may_send)
+        return netchan__fail(NETCHAN_EINVAL, "this channel is only for receives; send to the other one");
     netchan__measure m = {0, 0, false};
     int result = netchan__measure_value(&c->value, 0, &m);
     if (result != NETCHAN_OK || !w->ch) return result;
     if (m.channels && w->ch->plain)
-        return netchan__fail(NETCHAN_ETYPE, "the value holds a channel, and this channel leads to another process; send what the channel is for");
+        return netchan__fail(
+            NETCHAN_ETYPE,
+            "the value holds a channel, and this channel leads to another process; send what the channel is for");
     w->size = m.wire;
     w->memory = m.block;
     if (!w->ch->is_end) return netchan__copy_measured(&w->value, &c->value, &m);
@@ -3523,7 +3601,7 @@ static void netchan__begin(netchan__op *op) {
     if (op->net) netchan__settle();
 }
 
-/* The time is up. Returns whether the operation is over now; else it will be, as it is engaged. Caller holds all locks. */
+/* The time is up: the operation is over now, or, as it is engaged, when that falls through. Caller holds all locks. */
 static void netchan__expire(netchan__op *op) {
     if (netchan__change_state(op, NETCHAN__OPEN, NETCHAN__ENGAGED)) netchan__finish(op, NULL, NETCHAN_ETIMEDOUT);
     else op->expired = true;
@@ -3560,7 +3638,8 @@ static void netchan__run(netchan__op *op, netchan__locks *locks, int timeout_ms)
 }
 
 /* One send, receive or select. The caller provides zeroed room for the waiters and for the locks. */
-static int netchan__operate(netchan_case *cases, size_t count, int timeout_ms, netchan__waiter *waiters, pthread_mutex_t **room) {
+static int netchan__operate(netchan_case *cases, size_t count, int timeout_ms, netchan__waiter *waiters,
+                            pthread_mutex_t **room) {
     netchan__op op;
     netchan__locks locks = {room, 0};
     memset(&op, 0, sizeof op);
@@ -3579,7 +3658,8 @@ static int netchan__operate(netchan_case *cases, size_t count, int timeout_ms, n
         cases[i].result = NETCHAN_ETIMEDOUT;
         op.index = netchan__prepare(w, &cases[i]);
     }
-    for (size_t i = 0; i < count; i++) { /* who serves one case may free its channel then, or hang up its link, before this call has left */
+    for (size_t i = 0; i < count;
+         i++) { /* who serves one case may free its channel then, or hang up its link, before this call has left */
         waiters[i].held = waiters[i].ch && (count > 1 || timeout_ms > 0 || waiters[i].ch->plain);
         if (waiters[i].held) netchan_retain(waiters[i].ch);
     }
@@ -3646,7 +3726,8 @@ NETCHANDEF int netchan_select(netchan_case *cases, size_t count, int timeout_ms)
     enum { FEW = 8 };
     netchan__waiter few[FEW], *waiters = few;
     pthread_mutex_t *few_locks[FEW], **locks = few_locks;
-    if (count && !cases) return netchan__fail(NETCHAN_EINVAL, "netchan_select: %zu cases, but the array is NULL", count);
+    if (count && !cases)
+        return netchan__fail(NETCHAN_EINVAL, "netchan_select: %zu cases, but the array is NULL", count);
     if (count > INT32_MAX) return netchan__fail(NETCHAN_EINVAL, "netchan_select: more cases than an int can number");
     if (count > FEW) {
         waiters = (netchan__waiter *)netchan__alloc(count * sizeof *waiters);
@@ -3684,7 +3765,8 @@ NETCHANDEF netchan *netchan_retain(netchan *ch) {
 
 NETCHANDEF void netchan_free(netchan *ch) {
     if (!ch || __atomic_sub_fetch(&ch->refs, 1, __ATOMIC_ACQ_REL)) return;
-    static NETCHAN__THREAD_LOCAL netchan *to_free; /* channels that lie in channels are freed one by one, however deep */
+    static NETCHAN__THREAD_LOCAL netchan
+        *to_free; /* channels that lie in channels are freed one by one, however deep */
     static NETCHAN__THREAD_LOCAL bool freeing;
     ch->next_dirty = to_free;
     to_free = ch;
@@ -3740,14 +3822,14 @@ NETCHANDEF size_t netchan_cap(netchan *ch) {
 }
 
 /* ====================================================================================================================
- * [9] Sessions: frames between two processes. A state machine without I/O: bytes of the link go in, bytes for the link come out, time is an
- * argument. No sockets, no TLS, no clock, no threads. Net.
+ * [9] Sessions: frames between two processes. A state machine without I/O: bytes of the link go in, bytes for the link
+ * come out, time is an argument. No sockets, no TLS, no clock, no threads. Net.
  *
  * Invariants.
  *   S1  The stream is cut for the link only between frames, so what was not given to the link did not arrive in part.
- *   S2  Input is refused, not trusted: a frame is whole, known or skipped, and not longer than NETCHAN__FRAME_MAX. After a breach nothing
- *       more is read.
- *   S3  A large value delays other frames by one fragment: fragments are put into the stream one at a time, in turn, when it runs low.
+ *   S2  Input is refused, not trusted: a frame is whole, known or skipped, and not longer than NETCHAN__FRAME_MAX.
+ * After a breach nothing more is read. S3  A large value delays other frames by one fragment: fragments are put into
+ * the stream one at a time, in turn, when it runs low.
  * ================================================================================================================== */
 
 enum { NETCHAN__WIRE_VERSION = 1, NETCHAN__STREAM_LOW = 2 * NETCHAN__FRAME_MAX };
@@ -3790,7 +3872,7 @@ static void netchan__mark_pending(netchan__session *s) {
     netchan__pending = s;
 }
 
-/* The fields of each frame type: c channel, e entry, o op, m match, f flags, s size, n number; then v a value, b bytes. */
+/* The fields of each frame type: c channel, e entry, o op, m match, f flags, s size, n number; v a value, b bytes. */
 static const char *netchan__frame_fields(unsigned type) {
     switch (type) {
     case NETCHAN__PING: case NETCHAN__PONG: return "n";
@@ -3828,7 +3910,8 @@ static netchan__session *netchan__session_of(netchan__peer *p) {
     return (netchan__session *)(void *)p;
 }
 
-/* Appends a frame: its type and fields, and room for `extra` bytes at its end, which are returned. NULL when out of memory. */
+/* Appends a frame: its type and fields, and room for `extra` bytes at its end, which are returned. NULL when out of
+ * memory. */
 static uint8_t *netchan__append_frame(netchan__session *s, const netchan__frame *frame, size_t extra) {
     uint8_t head[80], *p = head;
     netchan__frame f = *frame;
@@ -3969,7 +4052,8 @@ static void netchan__on_hello(netchan__session *s, netchan__reader *r) {
 /* Reads the fields of a frame. Returns false after a breach. */
 static bool netchan__read_frame(netchan__session *s, netchan__frame *f, netchan__reader *r) {
     const char *field = netchan__frame_fields(f->type);
-    for (; *field && netchan__frame_field(f, *field); field++) *netchan__frame_field(f, *field) = netchan__read_varint(r);
+    for (; *field && netchan__frame_field(f, *field); field++)
+        *netchan__frame_field(f, *field) = netchan__read_varint(r);
     size_t left = netchan__left(r);
     if (r->bad) {
         netchan__breach(&s->peer, "it sent a frame that is cut off");
@@ -3986,7 +4070,8 @@ static bool netchan__read_frame(netchan__session *s, netchan__frame *f, netchan_
         }
         int result = f->size != left ? NETCHAN_EPROTO : netchan__decode(&f->value, r->p, left, 0, &f->memory);
         if (result != NETCHAN_OK) {
-            netchan__breach(&s->peer, result == NETCHAN_ENOMEM ? "out of memory for a value it sent" : "it sent a malformed value");
+            netchan__breach(&s->peer, result == NETCHAN_ENOMEM ? "out of memory for a value it sent"
+                                                               : "it sent a malformed value");
             return false;
         }
         f->has_value = true;
@@ -4009,7 +4094,8 @@ static void netchan__on_frame(netchan__session *s, unsigned type, netchan__reade
     if (!netchan__frame_fields(type) || !netchan__read_frame(s, &f, r)) return;
     switch (type) {
     case NETCHAN__PING:
-        if (netchan__buf_size(&s->out) < NETCHAN__STREAM_LOW) netchan__emit_ids(&s->peer, NETCHAN__PONG, 0, 0, 0, f.number, 0);
+        if (netchan__buf_size(&s->out) < NETCHAN__STREAM_LOW)
+            netchan__emit_ids(&s->peer, NETCHAN__PONG, 0, 0, 0, f.number, 0);
         break;
     case NETCHAN__PONG: break;
     case NETCHAN__BYE:
@@ -4034,7 +4120,8 @@ static size_t netchan__parse(netchan__session *s, const uint8_t *data, size_t si
         else if (r.bad) break;
         size_t head = r.bad ? 0 : (size_t)(r.p - (data + done));
         if (length == 0 || length > NETCHAN__FRAME_MAX - head) {
-            snprintf(s->breach_text, sizeof s->breach_text, "it announced a frame of %llu bytes", (unsigned long long)length);
+            snprintf(s->breach_text, sizeof s->breach_text, "it announced a frame of %llu bytes",
+                     (unsigned long long)length);
             netchan__breach(&s->peer, s->breach_text);
             break;
         }
@@ -4062,8 +4149,8 @@ static void netchan__session_input(netchan__session *s, uint64_t now, const uint
         netchan__breach(&s->peer, "out of memory for what it sent");
 }
 
-/* The next whole frames for the link, at most one record. Returns their bytes, which stay valid until the next call; then call
- * netchan__session_sent(). 0: there is nothing to send. */
+/* The next whole frames for the link, at most one record. Returns their bytes, which stay valid until the next call;
+ * then call netchan__session_sent(). 0: there is nothing to send. */
 static size_t netchan__session_output(netchan__session *s, const uint8_t **data) {
     while (s->parcels && netchan__buf_size(&s->out) < NETCHAN__STREAM_LOW && !s->peer.breach) netchan__cut_fragment(s);
     size_t size = 0, left = netchan__buf_size(&s->out);
@@ -4091,7 +4178,8 @@ static bool netchan__session_idle(const netchan__session *s) {
 static uint64_t netchan__session_tick(netchan__session *s, uint64_t now) {
     uint64_t interval = (uint64_t)s->ping_ms * 1000000u;
     if (!s->hello_received) return now + interval; /* the handshake's deadline holds until then */
-    if (now > s->last_tick + 2 * interval) s->last_input = now; /* this process was stopped: first read what came meanwhile */
+    if (now > s->last_tick + 2 * interval)
+        s->last_input = now; /* this process was stopped: first read what came meanwhile */
     s->last_tick = now;
     if (now >= s->last_input + 3 * interval) {
         snprintf(s->breach_text, sizeof s->breach_text, "nothing was heard from it for %lld ms", 3LL * s->ping_ms);
@@ -4106,8 +4194,8 @@ static uint64_t netchan__session_tick(netchan__session *s, uint64_t now) {
     return next > now ? next : now + interval;
 }
 
-/* Takes the values that were sent within credit and never left back to the end's backlog, before what is there. Returns how many, or SIZE_MAX
- * when out of memory (they are lost then, and counted as unknown). */
+/* Takes the values that were sent within credit and never left back to the end's backlog, before what is there. Returns
+ * how many, or SIZE_MAX when out of memory (they are lost then, and counted as unknown). */
 static size_t netchan__take_back(netchan__session *s, netchan *ch) {
     netchan__buf kept = {NULL, 0, 0, 0};
     size_t count = 0;
@@ -4128,7 +4216,8 @@ static size_t netchan__take_back(netchan__session *s, netchan *ch) {
         count++;
     }
     if (!count) return 0;
-    if (!netchan__buf_append(&kept, ch->backlog.data ? ch->backlog.data + ch->backlog.start : NULL, netchan__buf_size(&ch->backlog))) {
+    if (!netchan__buf_append(&kept, ch->backlog.data ? ch->backlog.data + ch->backlog.start : NULL,
+                             netchan__buf_size(&ch->backlog))) {
         netchan__buf_free(&kept);
         return SIZE_MAX;
     }
@@ -4145,7 +4234,7 @@ static void netchan__link_peer(netchan__peer *p) {
     netchan__net.peers = p;
 }
 
-/* The session is over. Returns how many values are known to nobody but the peer. The session itself can be freed then. */
+/* The session is over. Returns how many values only the peer knows of. The session itself can be freed then. */
 static uint64_t netchan__session_lost(netchan__session *s) {
     netchan__peer *p = &s->peer;
     if (p->send) {
@@ -4180,8 +4269,9 @@ static void netchan__session_free(netchan__session *s) {
 }
 
 /* ====================================================================================================================
- * [10] TLS: mbedTLS as a stream between two buffers. It never blocks and never meets a socket: ciphertext is put in, ciphertext is
- * taken out. All calls are made under netchan__tls_lock, as PSA keeps its keys in one table for the process. No other lock is taken inside.
+ * [10] TLS: mbedTLS as a stream between two buffers. It never blocks and never meets a socket: ciphertext is put in,
+ * ciphertext is taken out. All calls are made under netchan__tls_lock, as PSA keeps its keys in one table for the
+ * process. No other lock is taken inside.
  * ================================================================================================================== */
 
 static pthread_mutex_t netchan__tls_lock = PTHREAD_MUTEX_INITIALIZER;
@@ -4206,7 +4296,8 @@ typedef struct netchan__stream {
 } netchan__stream;
 
 static const char *const netchan__alpn[] = {"netchan/1", NULL};
-/* ChaCha20-Poly1305 has no practical limit on records under one key (RFC 8446 section 5.5), and there is no key update here. */
+/* ChaCha20-Poly1305 has no practical limit on records under one key (RFC 8446 section 5.5), and there is no key update
+ * here. */
 static const int netchan__ciphersuites[] = {MBEDTLS_TLS1_3_CHACHA20_POLY1305_SHA256, MBEDTLS_TLS1_3_AES_128_GCM_SHA256,
                                             MBEDTLS_TLS1_3_AES_256_GCM_SHA384, 0};
 
@@ -4232,7 +4323,10 @@ static bool netchan__parse_pin(const char *text, uint8_t *hash) {
     if (strncmp(text, "sha256:", 7) || strlen(text) != 7 + 64) return false;
     for (size_t i = 0; i < 64; i++) {
         char c = text[7 + i];
-        int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+        int digit = c >= '0' && c <= '9'   ? c - '0'
+                    : c >= 'a' && c <= 'f' ? c - 'a' + 10
+                    : c >= 'A' && c <= 'F' ? c - 'A' + 10
+                                           : -1;
         if (digit < 0) return false;
         hash[i / 2] = (uint8_t)(i % 2 ? hash[i / 2] << 4 | digit : digit);
     }
@@ -4250,7 +4344,8 @@ static int netchan__load_cert(mbedtls_x509_crt *cert, const char *text) {
 
 static int netchan__load_key(mbedtls_pk_context *key, const char *text) {
     if (netchan__is_pem(text))
-        return mbedtls_pk_parse_key(key, (const unsigned char *)text, strlen(text) + 1, NULL, 0, mbedtls_psa_get_random, MBEDTLS_PSA_RANDOM_STATE);
+        return mbedtls_pk_parse_key(key, (const unsigned char *)text, strlen(text) + 1, NULL, 0, mbedtls_psa_get_random,
+                                    MBEDTLS_PSA_RANDOM_STATE);
     return mbedtls_pk_parse_keyfile(key, text, NULL, mbedtls_psa_get_random, MBEDTLS_PSA_RANDOM_STATE);
 }
 
@@ -4265,13 +4360,15 @@ static int netchan__make_cert(netchan__tls *t) {
     mbedtls_x509write_crt_set_issuer_key(&w, &t->key);
     int e = mbedtls_pk_setup(&t->key, mbedtls_pk_info_from_type(MBEDTLS_PK_ECKEY));
     if (!e)
-        e = mbedtls_ecp_gen_key(MBEDTLS_ECP_DP_SECP256R1, mbedtls_pk_ec(t->key), mbedtls_psa_get_random, MBEDTLS_PSA_RANDOM_STATE);
+        e = mbedtls_ecp_gen_key(MBEDTLS_ECP_DP_SECP256R1, mbedtls_pk_ec(t->key), mbedtls_psa_get_random,
+                                MBEDTLS_PSA_RANDOM_STATE);
     if (!e) e = mbedtls_psa_get_random(MBEDTLS_PSA_RANDOM_STATE, serial, sizeof serial);
     serial[0] = (uint8_t)((serial[0] & 0x7f) | 1); /* positive and not zero */
     if (!e) e = mbedtls_x509write_crt_set_serial_raw(&w, serial, sizeof serial);
     if (!e) e = mbedtls_x509write_crt_set_subject_name(&w, "CN=netchan");
     if (!e) e = mbedtls_x509write_crt_set_issuer_name(&w, "CN=netchan");
-    if (!e) e = mbedtls_x509write_crt_set_validity(&w, "20200101000000", "99991231235959"); /* RFC 5280 4.1.2.5: no end */
+    if (!e)
+        e = mbedtls_x509write_crt_set_validity(&w, "20200101000000", "99991231235959"); /* RFC 5280 4.1.2.5: no end */
     int size = e ? e : mbedtls_x509write_crt_der(&w, der, sizeof der, mbedtls_psa_get_random, MBEDTLS_PSA_RANDOM_STATE);
     mbedtls_x509write_crt_free(&w);
     if (size < 0) return size;
@@ -4282,7 +4379,9 @@ static int netchan__set_cert(netchan__tls *t, const netchan_options *o) {
     if (!o->cert != !o->cert_key)
         return netchan__fail(NETCHAN_EINVAL, "options.cert and options.cert_key go together, and only one is set");
     int e = o->cert ? netchan__load_cert(&t->cert, o->cert) : netchan__make_cert(t);
-    if (e) return netchan__tls_fail(NETCHAN_EINVAL, e, o->cert ? "options.cert cannot be read" : "no certificate could be made");
+    if (e)
+        return netchan__tls_fail(NETCHAN_EINVAL, e,
+                                 o->cert ? "options.cert cannot be read" : "no certificate could be made");
     if (o->cert_key && (e = netchan__load_key(&t->key, o->cert_key)) != 0)
         return netchan__tls_fail(NETCHAN_EINVAL, e, "options.cert_key cannot be read");
     if (mbedtls_pk_check_pair(&t->cert.pk, &t->key, mbedtls_psa_get_random, MBEDTLS_PSA_RANDOM_STATE))
@@ -4299,10 +4398,14 @@ static int netchan__set_shared_key(netchan__tls *t, const char *text) {
         seen[(unsigned char)text[i]] = true;
     }
     if (length < NETCHAN__KEY_MIN || distinct < 8)
-        return netchan__fail(NETCHAN_EAUTH, "options.shared_key can be guessed: it has %zu characters, %zu of them different; at least %d and 8 are needed. "
-                             "It must be random, not a password: make one with netchan_keygen(), or: openssl rand -hex 32",
-                             length, distinct, NETCHAN__KEY_MIN);
-    static const char label[] = "netchan/1 shared key"; /* with its NUL: keeps this use of the secret apart from any other */
+        return netchan__fail(
+            NETCHAN_EAUTH,
+            "options.shared_key can be guessed: it has %zu characters, %zu of them different; at least %d and 8 are "
+            "needed. "
+            "It must be random, not a password: make one with netchan_keygen(), or: openssl rand -hex 32",
+            length, distinct, NETCHAN__KEY_MIN);
+    static const char label[] =
+        "netchan/1 shared key"; /* with its NUL: keeps this use of the secret apart from any other */
     uint8_t psk[32];
     mbedtls_sha256_context sha;
     mbedtls_sha256_init(&sha);
@@ -4322,23 +4425,34 @@ static int netchan__set_shared_key(netchan__tls *t, const char *text) {
 static int netchan__set_trust(netchan__tls *t, const netchan_options *o) {
     int ways = (o->shared_key != NULL) + (o->pin != NULL) + o->insecure;
     if (ways == 0)
-        return netchan__fail(NETCHAN_EAUTH, "nothing says whom to trust. Set options.shared_key to the same secret on both sides (netchan_keygen() makes one), "
+        return netchan__fail(NETCHAN_EAUTH,
+                             "nothing says whom to trust. Set options.shared_key to the same secret on both sides "
+                             "(netchan_keygen() makes one), "
                              "or options.pin to the other side's fingerprint, or options.insecure to trust anybody");
-    if (ways > 1) return netchan__fail(NETCHAN_EINVAL, "more than one of options.shared_key, .pin and .insecure is set; choose one");
+    if (ways > 1)
+        return netchan__fail(NETCHAN_EINVAL,
+                             "more than one of options.shared_key, .pin and .insecure is set; choose one");
     if (o->shared_key) return netchan__set_shared_key(t, o->shared_key);
     mbedtls_ssl_conf_tls13_key_exchange_modes(&t->conf, MBEDTLS_SSL_TLS1_3_KEY_EXCHANGE_MODE_EPHEMERAL);
     mbedtls_ssl_conf_authmode(&t->conf, o->pin ? MBEDTLS_SSL_VERIFY_REQUIRED : MBEDTLS_SSL_VERIFY_NONE);
     if (o->pin && !netchan__parse_pin(o->pin, t->pin))
-        return netchan__fail(NETCHAN_EINVAL, "options.pin must be \"sha256:\" and 64 hexadecimal digits, as netchan_fingerprint() tells; it is \"%.80s\"", o->pin);
+        return netchan__fail(NETCHAN_EINVAL,
+                             "options.pin must be \"sha256:\" and 64 hexadecimal digits, as netchan_fingerprint() "
+                             "tells; it is \"%.80s\"",
+                             o->pin);
     t->has_pin = o->pin != NULL;
     int result = netchan__set_cert(t, o);
-    if (result == NETCHAN_OK) mbedtls_ssl_conf_ca_chain(&t->conf, &t->cert, NULL); /* mbedTLS wants one; netchan__verify() decides */
+    if (result == NETCHAN_OK)
+        mbedtls_ssl_conf_ca_chain(&t->conf, &t->cert, NULL); /* mbedTLS wants one; netchan__verify() decides */
     return result;
 }
 
 static int netchan__crypto_init(void) {
     psa_status_t status = psa_crypto_init();
-    return status == PSA_SUCCESS ? NETCHAN_OK : netchan__fail(NETCHAN_ENET, "psa_crypto_init failed (%d); is there a source of randomness?", (int)status);
+    return status == PSA_SUCCESS
+               ? NETCHAN_OK
+               : netchan__fail(NETCHAN_ENET, "psa_crypto_init failed (%d); is there a source of randomness?",
+                               (int)status);
 }
 
 static void netchan__tls_free(netchan__tls *t) {
@@ -4357,8 +4471,8 @@ static int netchan__tls_make(netchan__tls *t, const netchan_options *o, bool dia
     t->made = true;
     int result = netchan__crypto_init();
     if (result != NETCHAN_OK) return result;
-    int e = mbedtls_ssl_config_defaults(&t->conf, dials ? MBEDTLS_SSL_IS_CLIENT : MBEDTLS_SSL_IS_SERVER, MBEDTLS_SSL_TRANSPORT_STREAM,
-                                        MBEDTLS_SSL_PRESET_DEFAULT);
+    int e = mbedtls_ssl_config_defaults(&t->conf, dials ? MBEDTLS_SSL_IS_CLIENT : MBEDTLS_SSL_IS_SERVER,
+                                        MBEDTLS_SSL_TRANSPORT_STREAM, MBEDTLS_SSL_PRESET_DEFAULT);
     if (e) return netchan__tls_fail(NETCHAN_ENOMEM, e, "TLS could not be configured");
     mbedtls_ssl_conf_min_tls_version(&t->conf, MBEDTLS_SSL_VERSION_TLS1_3);
     mbedtls_ssl_conf_max_tls_version(&t->conf, MBEDTLS_SSL_VERSION_TLS1_3);
@@ -4382,7 +4496,8 @@ static int netchan__verify(void *arg, mbedtls_x509_crt *cert, int depth, uint32_
     *flags = 0;
     if (depth > 0) return 0;
     s->has_seen = netchan__hash_key(cert, s->seen) == 0;
-    if (!s->has_seen || (s->tls->has_pin && memcmp(s->seen, s->tls->pin, sizeof s->seen))) *flags = MBEDTLS_X509_BADCERT_OTHER;
+    if (!s->has_seen || (s->tls->has_pin && memcmp(s->seen, s->tls->pin, sizeof s->seen)))
+        *flags = MBEDTLS_X509_BADCERT_OTHER;
     return 0;
 }
 
@@ -4446,7 +4561,8 @@ static int netchan__stream_write(netchan__stream *s, const uint8_t *data, size_t
     return 0;
 }
 
-/* Why TLS failed with a peer, as the end of a sentence. Returns whether trust was the reason, so that trying again is no use. */
+/* Why TLS failed with a peer, as the end of a sentence. Returns whether trust was the reason, so that trying again is
+ * no use. */
 static bool netchan__explain(const netchan__stream *s, int error, char *text, size_t size) {
     char seen[NETCHAN_FINGERPRINT_SIZE], pin[NETCHAN_FINGERPRINT_SIZE];
     switch (error) {
@@ -4458,15 +4574,22 @@ static bool netchan__explain(const netchan__stream *s, int error, char *text, si
     case MBEDTLS_ERR_SSL_NO_CLIENT_CERTIFICATE:
         snprintf(text, size, "it showed no certificate, and options.pin asks for one");
         return true;
-    case MBEDTLS_ERR_SSL_INVALID_MAC: /* mbedTLS encrypts an alert on the client's certificate with the handshake's key, too early or too late */
+    case MBEDTLS_ERR_SSL_INVALID_MAC: /* mbedTLS encrypts an alert on the client's certificate with the handshake's key,
+                                         too early or too late */
     case MBEDTLS_ERR_SSL_FATAL_ALERT_MESSAGE:
         if (s->has_read) break;
-        snprintf(text, size, "%s", s->tls->has_psk ? "it does not accept our shared_key: the keys differ, or it expects none"
-                                                   : "it does not accept our certificate, or expects another kind of trust (shared_key, pin)");
+        snprintf(text, size, "%s",
+                 s->tls->has_psk
+                     ? "it does not accept our shared_key: the keys differ, or it expects none"
+                     : "it does not accept our certificate, or expects another kind of trust (shared_key, pin)");
         return true;
-    case MBEDTLS_ERR_SSL_HANDSHAKE_FAILURE: case MBEDTLS_ERR_SSL_ILLEGAL_PARAMETER: case MBEDTLS_ERR_SSL_UNKNOWN_IDENTITY: case MBEDTLS_ERR_SSL_PRIVATE_KEY_REQUIRED:
-        snprintf(text, size, "%s", s->tls->has_psk ? "it does not prove our shared_key: the keys differ, or it uses none"
-                                                   : "it expects another kind of trust (shared_key, pin) or cannot agree on a cipher");
+    case MBEDTLS_ERR_SSL_HANDSHAKE_FAILURE:
+    case MBEDTLS_ERR_SSL_ILLEGAL_PARAMETER:
+    case MBEDTLS_ERR_SSL_UNKNOWN_IDENTITY:
+    case MBEDTLS_ERR_SSL_PRIVATE_KEY_REQUIRED:
+        snprintf(text, size, "%s",
+                 s->tls->has_psk ? "it does not prove our shared_key: the keys differ, or it uses none"
+                                 : "it expects another kind of trust (shared_key, pin) or cannot agree on a cipher");
         return true;
     case MBEDTLS_ERR_SSL_BAD_PROTOCOL_VERSION:
         snprintf(text, size, "it does not speak TLS 1.3, which is the only version here");
@@ -4474,9 +4597,9 @@ static bool netchan__explain(const netchan__stream *s, int error, char *text, si
     case MBEDTLS_ERR_SSL_NO_APPLICATION_PROTOCOL:
         snprintf(text, size, "it speaks TLS 1.3, but not the protocol netchan/1");
         return true;
-    case MBEDTLS_ERR_SSL_INVALID_RECORD: case MBEDTLS_ERR_SSL_UNEXPECTED_MESSAGE: case MBEDTLS_ERR_SSL_UNEXPECTED_RECORD:
-        snprintf(text, size, "it does not speak TLS");
-        return false;
+    case MBEDTLS_ERR_SSL_INVALID_RECORD:
+    case MBEDTLS_ERR_SSL_UNEXPECTED_MESSAGE:
+    case MBEDTLS_ERR_SSL_UNEXPECTED_RECORD: snprintf(text, size, "it does not speak TLS"); return false;
     case MBEDTLS_ERR_SSL_CONN_EOF: case MBEDTLS_ERR_SSL_PEER_CLOSE_NOTIFY:
         snprintf(text, size, "it closed the connection");
         return false;
@@ -4490,7 +4613,9 @@ static bool netchan__explain(const netchan__stream *s, int error, char *text, si
 
 NETCHANDEF int netchan_keygen(char *out, size_t size) {
     uint8_t key[32];
-    if (!out || size < NETCHAN_KEY_SIZE) return netchan__fail(NETCHAN_EINVAL, "netchan_keygen: %d bytes are needed, %zu are given", NETCHAN_KEY_SIZE, size);
+    if (!out || size < NETCHAN_KEY_SIZE)
+        return netchan__fail(NETCHAN_EINVAL, "netchan_keygen: %d bytes are needed, %zu are given", NETCHAN_KEY_SIZE,
+                             size);
     pthread_mutex_lock(&netchan__tls_lock);
     int result = netchan__crypto_init();
     if (result == NETCHAN_OK && psa_generate_random(key, sizeof key) != PSA_SUCCESS)
@@ -4505,7 +4630,9 @@ NETCHANDEF int netchan_keygen(char *out, size_t size) {
 NETCHANDEF int netchan_fingerprint(const char *cert, char *out, size_t size) {
     uint8_t hash[32];
     if (!cert || !out || size < NETCHAN_FINGERPRINT_SIZE)
-        return netchan__fail(NETCHAN_EINVAL, "netchan_fingerprint: a certificate and %d bytes are needed, %zu are given", NETCHAN_FINGERPRINT_SIZE, size);
+        return netchan__fail(NETCHAN_EINVAL,
+                             "netchan_fingerprint: a certificate and %d bytes are needed, %zu are given",
+                             NETCHAN_FINGERPRINT_SIZE, size);
     mbedtls_x509_crt parsed;
     mbedtls_x509_crt_init(&parsed);
     pthread_mutex_lock(&netchan__tls_lock);
@@ -4527,7 +4654,8 @@ typedef struct netchan__address {
     socklen_t size;
 } netchan__address;
 
-/* "host:port", "[ipv6]:port", ":port" -> up to max addresses. Returns how many, or a negative result. Blocks while names are looked up. */
+/* "host:port", "[ipv6]:port", ":port" -> up to max addresses. Returns how many, or a negative result. Blocks while
+ * names are looked up. */
 static int netchan__resolve(const char *text, bool passive, netchan__address *out, size_t max) {
     char host[256];
     const char *colon = text ? strrchr(text, ':') : NULL;
@@ -4535,9 +4663,10 @@ static int netchan__resolve(const char *text, bool passive, netchan__address *ou
     const char *begin = text;
     if (colon && length >= 2 && text[0] == '[' && text[length - 1] == ']') begin = text + 1, length -= 2;
     else if (colon && memchr(text, ':', length)) colon = NULL; /* an IPv6 address without brackets */
-    if (!colon || !colon[1] || strspn(colon + 1, "0123456789") != strlen(colon + 1) || strlen(colon + 1) > 5 || atoi(colon + 1) > 65535 ||
-        length >= sizeof host)
-        return netchan__fail(NETCHAN_EADDR, "\"%.200s\" is no address; write host:port, [ipv6]:port or :port", text ? text : "(NULL)");
+    if (!colon || !colon[1] || strspn(colon + 1, "0123456789") != strlen(colon + 1) || strlen(colon + 1) > 5 ||
+        atoi(colon + 1) > 65535 || length >= sizeof host)
+        return netchan__fail(NETCHAN_EADDR, "\"%.200s\" is no address; write host:port, [ipv6]:port or :port",
+                             text ? text : "(NULL)");
     memcpy(host, begin, length);
     host[length] = '\0';
     struct addrinfo hints, *list = NULL;
@@ -4559,7 +4688,8 @@ static int netchan__resolve(const char *text, bool passive, netchan__address *ou
 
 static void netchan__print_address(const netchan__address *a, char *out, size_t size) {
     char host[64] = "?", port[8] = "?";
-    getnameinfo((const struct sockaddr *)(const void *)&a->storage, a->size, host, sizeof host, port, sizeof port, NI_NUMERICHOST | NI_NUMERICSERV);
+    getnameinfo((const struct sockaddr *)(const void *)&a->storage, a->size, host, sizeof host, port, sizeof port,
+                NI_NUMERICHOST | NI_NUMERICSERV);
     snprintf(out, size, strchr(host, ':') ? "[%s]:%s" : "%s:%s", host, port);
 }
 
@@ -4606,7 +4736,8 @@ static int netchan__listen_socket(const char *text, netchan__address *bound) {
             setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
             if (list[i].storage.ss_family == AF_INET6) setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &off, sizeof off);
             bound->size = sizeof bound->storage;
-            if (bind(fd, (struct sockaddr *)(void *)&list[i].storage, list[i].size) == 0 && listen(fd, SOMAXCONN) == 0 &&
+            if (bind(fd, (struct sockaddr *)(void *)&list[i].storage, list[i].size) == 0 &&
+                listen(fd, SOMAXCONN) == 0 &&
                 getsockname(fd, (struct sockaddr *)(void *)&bound->storage, &bound->size) == 0)
                 return fd;
             saved = errno;
@@ -4633,8 +4764,9 @@ static bool netchan__flush_fd(int fd, netchan__buf *out) {
 }
 
 /* ====================================================================================================================
- * [12] The I/O loop: the one thread that calls poll(). It owns all connections: sockets, TLS streams, and who they belong to. What it
- * shares with callers (endpoints, sessions) belongs to netchan__net_lock, which it holds except while it waits, encrypts, decrypts and logs.
+ * [12] The I/O loop: the one thread that calls poll(). It owns all connections: sockets, TLS streams, and who they
+ * belong to. What it shares with callers (endpoints, sessions) belongs to netchan__net_lock, which it holds except
+ * while it waits, encrypts, decrypts and logs.
  * ================================================================================================================== */
 
 enum {
@@ -4791,8 +4923,8 @@ static void netchan__event(netchan__endpoint *e, netchan_entry *entries, size_t 
     netchan__lane_changed(lane);
 }
 
-static void netchan__peer_event(netchan__endpoint *e, const char *name, uint64_t peer, const char *address, const char *reason,
-                                const char *extra, netchan_value extra_value) {
+static void netchan__peer_event(netchan__endpoint *e, const char *name, uint64_t peer, const char *address,
+                                const char *reason, const char *extra, netchan_value extra_value) {
     netchan_entry entries[6];
     size_t n = 0;
     entries[n].key = "event", entries[n++].value = netchan_str(name);
@@ -4932,7 +5064,8 @@ static void netchan__close_conn(netchan__conn *c, const char *reason, bool fatal
         netchan__log(e, c->ended ? 2 : 1, "%s: lost %s: %s", e->address, c->address, reason);
     } else {
         e->strangers--;
-        if (!e->dials && !e->stopping) netchan__peer_event(e, "rejected", 0, c->address, reason, NULL, netchan__nil_value);
+        if (!e->dials && !e->stopping)
+            netchan__peer_event(e, "rejected", 0, c->address, reason, NULL, netchan__nil_value);
         netchan__log(e, e->dials ? 1 : 0, "%s: no connection with %s: %s", e->address, c->address, reason);
     }
     if (e->dials) {
@@ -4954,7 +5087,8 @@ static void netchan__close_conn(netchan__conn *c, const char *reason, bool fatal
 }
 
 /* A new connection over fd, which is closed on failure. Caller holds netchan__net_lock. */
-static netchan__conn *netchan__open_conn(netchan__endpoint *e, int fd, const netchan__address *a, enum netchan__conn_state state) {
+static netchan__conn *netchan__open_conn(netchan__endpoint *e, int fd, const netchan__address *a,
+                                         enum netchan__conn_state state) {
     netchan__conn *c = (netchan__conn *)netchan__alloc(sizeof *c);
     pthread_mutex_lock(&netchan__tls_lock);
     int error = c ? netchan__stream_start(&c->stream, &e->tls) : MBEDTLS_ERR_SSL_ALLOC_FAILED;
@@ -5007,10 +5141,11 @@ static void netchan__accept_all(netchan__endpoint *e) {
             netchan__io.next_tick = 0;
             return;
         }
-        const char *full = e->strangers >= NETCHAN__HANDSHAKES_MAX       ? "too many strangers at once"
-                           : e->strangers + e->peers + e->orphans >= e->options.max_peers ? "there are max_peers already"
-                           : !netchan__prepare_fd(fd)                    ? "its socket cannot be used"
-                                                                         : NULL;
+        const char *full = e->strangers >= NETCHAN__HANDSHAKES_MAX ? "too many strangers at once"
+                           : e->strangers + e->peers + e->orphans >= e->options.max_peers
+                               ? "there are max_peers already"
+                           : !netchan__prepare_fd(fd) ? "its socket cannot be used"
+                                                      : NULL;
         if (full) {
             char address[80];
             netchan__print_address(&a, address, sizeof address);
@@ -5022,11 +5157,13 @@ static void netchan__accept_all(netchan__endpoint *e) {
 
 /* ---- Bytes. The I/O thread calls these without netchan__net_lock. ---- */
 
-/* Encrypts what the session has to send and gives it to the socket, as far as both go. Returns false when the connection is broken. */
+/* Encrypts what the session has to send and gives it to the socket, as far as both go. Returns false when the
+ * connection is broken. */
 static bool netchan__conn_write(netchan__conn *c) {
     for (;;) {
         if (!netchan__flush_fd(c->fd, &c->stream.out)) return false;
-        if (!c->session || c->state < NETCHAN__GREETING || netchan__buf_size(&c->stream.out) >= NETCHAN__CIPHER_HIGH) return true;
+        if (!c->session || c->state < NETCHAN__GREETING || netchan__buf_size(&c->stream.out) >= NETCHAN__CIPHER_HIGH)
+            return true;
         const uint8_t *data;
         pthread_mutex_lock(&netchan__net_lock);
         size_t size = netchan__session_output(c->session, &data);
@@ -5045,8 +5182,9 @@ static bool netchan__conn_write(netchan__conn *c) {
 static int netchan__conn_decrypt(netchan__conn *c) {
     for (;;) {
         pthread_mutex_lock(&netchan__tls_lock);
-        int n = c->state == NETCHAN__HANDSHAKING ? netchan__stream_handshake(&c->stream)
-                                                 : netchan__stream_read(&c->stream, netchan__io.plain, sizeof netchan__io.plain);
+        int n = c->state == NETCHAN__HANDSHAKING
+                    ? netchan__stream_handshake(&c->stream)
+                    : netchan__stream_read(&c->stream, netchan__io.plain, sizeof netchan__io.plain);
         pthread_mutex_unlock(&netchan__tls_lock);
         if (n == MBEDTLS_ERR_SSL_WANT_READ) return 0;
         if (n < 0) return n;
@@ -5131,7 +5269,10 @@ static void netchan__tick_conn(netchan__conn *c, uint64_t now) {
     }
     if (c->state == NETCHAN__UP && !c->ended) next = netchan__session_tick(c->session, now);
     else if (now >= c->deadline) {
-        netchan__close_conn(c, c->state == NETCHAN__CONNECTING ? "it did not answer in time" : "it did not finish the handshake in time", false);
+        netchan__close_conn(c,
+                            c->state == NETCHAN__CONNECTING ? "it did not answer in time"
+                                                            : "it did not finish the handshake in time",
+                            false);
         return;
     }
     if (c->session && c->session->peer.breach) {
@@ -5211,7 +5352,8 @@ static size_t netchan__collect_polls(void) {
     if (!netchan__poll_room(count)) count = netchan__io.poll_room;
     netchan__poll_add(n++, netchan__io.wake_read, POLLIN, NULL, NULL);
     for (netchan__endpoint *e = netchan__io.endpoints; e && n < count; e = e->next)
-        if (!e->dials && !e->stopping && !e->hanging_up && !e->next_accept) netchan__poll_add(n++, e->fd, POLLIN, NULL, e);
+        if (!e->dials && !e->stopping && !e->hanging_up && !e->next_accept)
+            netchan__poll_add(n++, e->fd, POLLIN, NULL, e);
     for (netchan__conn *c = netchan__io.conns; c && n < count; c = c->next) {
         bool writes = c->state == NETCHAN__CONNECTING || netchan__buf_size(&c->stream.out);
         bool reads = c->state != NETCHAN__CONNECTING && !c->ended;
@@ -5250,7 +5392,10 @@ static void *netchan__io_main(void *arg) {
         if (netchan__pending || netchan__io.stop || netchan__io.next_tick == 0) continue;
         size_t count = netchan__collect_polls();
         uint64_t next = netchan__io.next_tick;
-        int wait_ms = next == UINT64_MAX ? -1 : next <= now ? 0 : next - now > 60000000000u ? 60000 : (int)((next - now) / 1000000u) + 1;
+        int wait_ms = next == UINT64_MAX          ? -1
+                      : next <= now               ? 0
+                      : next - now > 60000000000u ? 60000
+                                                  : (int)((next - now) / 1000000u) + 1;
         netchan__net.polling = true;
         netchan__io_unlock();
         poll(netchan__io.polls, (nfds_t)count, wait_ms);
@@ -5475,12 +5620,15 @@ static int netchan__wait_up(netchan__endpoint *e) {
     uint64_t deadline = netchan__deadline(e->options.connect_ms);
     bool in_time = true;
     pthread_mutex_lock(&netchan__net_lock);
-    while (!e->was_up && !e->failure && in_time) in_time = netchan__cond_wait(&e->changed, &netchan__net_lock, deadline);
+    while (!e->was_up && !e->failure && in_time)
+        in_time = netchan__cond_wait(&e->changed, &netchan__net_lock, deadline);
     int result = e->was_up ? NETCHAN_OK : e->failure ? e->failure : NETCHAN_ETIMEDOUT;
-    if (e->failure && !e->was_up) netchan__fail(result, "netchan_dial(\"%.200s\"): %.290s", e->address, e->failure_text);
+    if (e->failure && !e->was_up)
+        netchan__fail(result, "netchan_dial(\"%.200s\"): %.290s", e->address, e->failure_text);
     else if (result == NETCHAN_ETIMEDOUT)
-        netchan__fail(result, "netchan_dial(\"%.200s\"): no connection within %d ms; is a listener there? Last failure: %.250s", e->address,
-                      e->options.connect_ms, e->failure_text[0] ? e->failure_text : "no answer");
+        netchan__fail(result,
+                      "netchan_dial(\"%.200s\"): no connection within %d ms; is a listener there? Last failure: %.250s",
+                      e->address, e->options.connect_ms, e->failure_text[0] ? e->failure_text : "no answer");
     netchan__unlock_one(&netchan__net_lock);
     return result;
 }
@@ -5501,7 +5649,8 @@ NETCHANDEF netchan_link *netchan_dial(const char *address, const netchan_options
     return NULL;
 }
 
-/* Ends the operations that wait on the channel, now and from now on; those that are being committed go on. Caller holds netchan__net_lock. */
+/* Ends the operations that wait on the channel, now and from now on; those that are being committed go on. Caller holds
+ * netchan__net_lock. */
 static void netchan__shut(netchan *ch) {
     if (!ch->closing) ch->close_sent = true; /* the farewell says it */
     ch->closing = ch->closed = ch->lane.closing = true;
@@ -5576,9 +5725,11 @@ NETCHANDEF int netchan_hangup(netchan_link *link, netchan_report *report) {
     netchan__unlock_one(&netchan__net_lock);
     if (report) *report = r;
     netchan__free_endpoint(e);
-    return r.undelivered || r.unknown ? netchan__fail(NETCHAN_ETIMEDOUT, "netchan_hangup: %zu values were not delivered, of %zu only the peer knew",
-                                                      r.undelivered, r.unknown)
-                                      : NETCHAN_OK;
+    return r.undelivered || r.unknown
+               ? netchan__fail(NETCHAN_ETIMEDOUT,
+                               "netchan_hangup: %zu values were not delivered, of %zu only the peer knew",
+                               r.undelivered, r.unknown)
+               : NETCHAN_OK;
 }
 
 #ifdef __cplusplus
@@ -5596,15 +5747,16 @@ NETCHANDEF int netchan_hangup(netchan_link *link, netchan_report *report) {
  *
  * MIT License. Copyright (c) 2026 the netchan.h authors
  *
- * Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated documentation
- * files (the "Software"), to deal in the Software without restriction, including without limitation the rights to use, copy,
- * modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit persons to whom the
- * Software is furnished to do so, subject to the following conditions:
+ * Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
+ * documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
+ * rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to
+ * permit persons to whom the Software is furnished to do so, subject to the following conditions:
  *
- * The above copyright notice and this permission notice shall be included in all copies or substantial portions of the Software.
+ * The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
+ * Software.
  *
  * THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
  * WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
- * COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE,
- * ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+ * COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
+ * OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
  */

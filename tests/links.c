@@ -1901,6 +1901,15 @@ static void test_no_two_get_the_same(void) {
     }
 }
 
+/* Looks inside: how many peers have something for a receiver. */
+static size_t ready_peers(netchan *ch) {
+    size_t count = 0;
+    pthread_mutex_lock(&netchan__net_lock);
+    for (netchan__lane *lane = ch->lanes; lane; lane = lane->next) count += lane->count > 0 || lane->senders.head;
+    pthread_mutex_unlock(&netchan__net_lock);
+    return count;
+}
+
 static void test_the_merge_is_fair(void) {
     for (size_t buffer = 0; buffer < 33; buffer += 32) {
         enum { COUNT = 600 / LESS };
@@ -1908,17 +1917,14 @@ static void test_the_merge_is_fair(void) {
         tally t[3];
         size_t shares[3] = {0, 0, 0};
         for (int i = 0; i < 3; i++) tally_begin(&t[i], c.d[i]->send, NULL, 4, COUNT / 4, false);
-        while (waiters_of(c.l->recv) + netchan_len(c.l->recv) < 3 * (buffer ? buffer : 4)) sched_yield();
         for (int n = 0; n < 3 * COUNT; n++) {
+            while (n < COUNT && ready_peers(c.l->recv) < 3) sched_yield(); /* who has nothing to say is not treated badly */
             netchan_case k = netchan_case_recv(c.l->recv, NULL);
             CHECK_INT(netchan_select(&k, 1, LONG), 0);
             CHECK_INT(k.result, NETCHAN_OK);
             for (int i = 0; i < 3; i++) shares[i] += k.peer.id == c.peers[i];
-            if (n == COUNT - 1)
-                for (int i = 0; i < 3; i++)
-                    if (shares[i] < COUNT / 5 || shares[i] > COUNT / 2)
-                        test_fail(__FILE__, __LINE__, "of %d: %zu, %zu, %zu", (int)COUNT, shares[0], shares[1],
-                                  shares[2]);
+            if (n != COUNT - 1) continue;
+            for (int i = 0; i < 3; i++) CHECK(shares[i] > COUNT / 5 && shares[i] < COUNT / 2);
         }
         for (int i = 0; i < 3; i++) {
             CHECK_INT(shares[i], COUNT); /* the peer of each value was told, and all arrived */
@@ -2019,7 +2025,10 @@ static void test_a_process_dies_with_a_value(void) {
         dial_from(&c, l);
         write_line(c.to, "receive");
         wait_for_waiters(l->send, 1);
+        int status;
         CHECK_INT(kill(c.pid, SIGSTOP), 0);
+        CHECK_INT(waitpid(c.pid, &status, WUNTRACED), c.pid);
+        CHECK(WIFSTOPPED(status));
         task s, r;
         start_send(&s, l->send, netchan_int(1), NETCHAN_FOREVER);
         wait_for_waiters(l->send, 0);
