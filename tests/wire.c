@@ -308,9 +308,10 @@ static bool raw_frame(raw *r, frame *f) {
     return true;
 }
 
-/* The next frame is of this type, and begins with these numbers. */
+/* The next frame but for heartbeats is of this type, and begins with these numbers. */
 static void check_frame(raw *r, frame *f, unsigned type, const uint64_t *numbers, size_t count) {
-    CHECK(raw_frame(r, f));
+    do CHECK(raw_frame(r, f));
+    while (f->type == PING && type != PING);
     CHECK_INT(f->type, type);
     for (size_t i = 0; i < count; i++) CHECK_INT(get_number(f), numbers[i]);
 }
@@ -955,7 +956,7 @@ static void test_large_values_are_bounded(void) {
 /* Values that were offered, and never come: who waits to receive does not wait for them for ever, nor do the others. */
 static void test_an_offer_that_is_not_kept(void) {
     netchan_options o = options();
-    o.ping_ms = 50;
+    o.ping_ms = 200;
     room m = open_room_with(&o);
     raw *r = raw_join(m.l->address, 0);
     bytes b;
