@@ -94,6 +94,9 @@
  *   Enough to write another implementation; all of it travels inside TLS 1.3 with ALPN "netchan/1". A varint is unsigned
  *   LEB128 of at most 10 bytes, the shortest form not required.
  *
+ *   With a shared key the external PSK is SHA-256("netchan/1 shared key" NUL key), its identity "netchan", its mode
+ *   psk_dhe_ke only.
+ *
  *   Values: one tag byte, then its payload. LEN is a varint that counts the payload bytes after it.
  *     00..3f int 0..63            82 true                   87 bytes: LEN, bytes           8c i64 array: LEN, items
  *     40..7f str of 0..63 bytes   83 int: zig-zag varint    88 array: LEN, count, values   8d f32 array: LEN, items
@@ -131,6 +134,10 @@
  *     24 WITHDRAWN entry         L: the answer to a try that found nobody
  *     25 CREDIT channel, n, left    L: n more values may be sent; `left` of those sent before have left the buffer
  *     26 CLOSED channel          L: after the last value
+ *     Entry and match numbers are not 0; OFFER and DEMAND share one space of entries. A final CLAIM to a receive carries
+ *     its value, if that is no large one, and its GRANT ends the match; else COMMIT brings it, and TAKEN follows. A GRANT
+ *     for a receive has size 0. The values of all OFFERs with flag 8 may count max_memory / 96 bytes. A CLAIM that is not
+ *     answered for six times ping_ms is a breach.
  *     Unknown types are skipped. size is the encoded size of the value; a value over 16,256 bytes is never in the frame
  *     that names its size: it is shipped in FRAGMENTs after GRANT or COMMIT. The commit protocol is described at [7].
  */
@@ -5217,7 +5224,10 @@ static bool netchan__conn_read(netchan__conn *c, bool *fatal) {
             netchan__flush_fd(c->fd, &c->stream.out); /* the alert, so that the other side learns why */
             return false;
         }
-        if (c->session && c->session->peer.breach) return false; /* only this thread ends sessions */
+        pthread_mutex_lock(&netchan__net_lock);
+        bool over = c->session && c->session->peer.breach; /* a caller out of memory may just have set it */
+        pthread_mutex_unlock(&netchan__net_lock);
+        if (over) return false;
         if ((size_t)n < sizeof netchan__io.cipher) return true;
     }
     return true;
