@@ -2029,12 +2029,17 @@ static void netchan__forget(netchan__waiter *w) {
     NETCHAN_FREE(w);
 }
 
-/* A frame of numbers only. Those that its type does not have are 0. */
-static void netchan__emit_ids(netchan__peer *p, unsigned type, uint64_t channel, uint64_t entry, uint64_t match,
-                              uint64_t number, uint64_t size) {
+static netchan__frame netchan__new_frame(unsigned type) {
     netchan__frame f;
     memset(&f, 0, sizeof f);
     f.type = type;
+    return f;
+}
+
+/* A frame of numbers only. Those that its type does not have are 0. */
+static void netchan__emit_ids(netchan__peer *p, unsigned type, uint64_t channel, uint64_t entry, uint64_t match,
+                              uint64_t number, uint64_t size) {
+    netchan__frame f = netchan__new_frame(type);
     f.channel = channel;
     f.entry = entry;
     f.match = match;
@@ -2425,6 +2430,15 @@ static void netchan__begin_match(netchan__lane *lane, netchan__waiter *s, netcha
     netchan__progress(m);
 }
 
+/* The claim on w waits until its operation is open. */
+static void netchan__queue_claim(netchan__waiter *w) {
+    netchan__op *op = w->op;
+    w->next_claim = NULL;
+    if (op->last_claim) op->last_claim->next_claim = w;
+    else op->claims = w;
+    op->last_claim = w;
+}
+
 /* A lock on a local operation: at once, or when it is its turn (P1). */
 static enum netchan__lock_answer netchan__lock_local(netchan__match *m, netchan__waiter *w) {
     netchan__op *op = w->op;
@@ -2434,17 +2448,12 @@ static enum netchan__lock_answer netchan__lock_local(netchan__match *m, netchan_
     }
     NETCHAN_ASSERT(netchan__state(op) == NETCHAN__ENGAGED);
     w->claim = m->id;
-    w->next_claim = NULL;
-    if (op->last_claim) op->last_claim->next_claim = w;
-    else op->claims = w;
-    op->last_claim = w;
+    netchan__queue_claim(w);
     return NETCHAN__ASKED;
 }
 
 static void netchan__claim_remote(netchan__match *m, netchan__waiter *w, bool final) {
-    netchan__frame f;
-    memset(&f, 0, sizeof f);
-    f.type = NETCHAN__CLAIM;
+    netchan__frame f = netchan__new_frame(NETCHAN__CLAIM);
     f.entry = w->id;
     f.match = m->id;
     f.flags = netchan__flag(final, NETCHAN__FINAL) | netchan__flag(m->redelivered, NETCHAN__REDELIVERED);
@@ -2502,6 +2511,13 @@ static void netchan__release(netchan__op *op) {
     netchan__net.released = op;
 }
 
+static void netchan__unlist_released(netchan__op *op) {
+    op->is_released = false;
+    if (op->prev_released) op->prev_released->next_released = op->next_released;
+    else netchan__net.released = op->next_released;
+    if (op->next_released) op->next_released->prev_released = op->prev_released;
+}
+
 /* Undoes a lock, or a wish for one. */
 static void netchan__unlock_party(netchan__match *m, netchan__waiter *w, bool locked) {
     netchan__lane *lane = m->lane;
@@ -2555,9 +2571,7 @@ static void netchan__end_match(netchan__match *m, int result, uint64_t taker) {
 /* Sends the value to a remote receiver that is locked. */
 static void netchan__ship(netchan__match *m) {
     netchan__waiter *r = m->receiver;
-    netchan__frame f;
-    memset(&f, 0, sizeof f);
-    f.type = NETCHAN__COMMIT;
+    netchan__frame f = netchan__new_frame(NETCHAN__COMMIT);
     f.entry = r->id;
     f.match = m->id;
     f.flags = netchan__flag(m->redelivered, NETCHAN__REDELIVERED);
@@ -2639,20 +2653,14 @@ static void netchan__withdraw_others(netchan__op *op, const netchan__waiter *w) 
         netchan__unregister(other);
     }
     op->claims = op->last_claim = NULL;
-    if (!op->is_released) return;
-    op->is_released = false;
-    if (op->prev_released) op->prev_released->next_released = op->next_released;
-    else netchan__net.released = op->next_released;
-    if (op->next_released) op->next_released->prev_released = op->prev_released;
+    if (op->is_released) netchan__unlist_released(op);
 }
 
 /* The operation of w is open: it grants the remote claim on w. */
 static void netchan__grant(netchan__waiter *w) {
     netchan__op *op = w->op;
     netchan__peer *p = w->peer;
-    netchan__frame f;
-    memset(&f, 0, sizeof f);
-    f.type = NETCHAN__GRANT;
+    netchan__frame f = netchan__new_frame(NETCHAN__GRANT);
     f.match = w->claim;
     f.entry = w->id;
     if (w->is_send) {
@@ -2709,10 +2717,7 @@ static void netchan__on_claim(netchan__peer *p, netchan__frame *f) {
         netchan__grant(w);
         return;
     }
-    w->next_claim = NULL;
-    if (w->op->last_claim) w->op->last_claim->next_claim = w;
-    else w->op->claims = w;
-    w->op->last_claim = w;
+    netchan__queue_claim(w);
 }
 
 /* The waiter that is engaged or committed to this match, or NULL. */
@@ -2814,9 +2819,7 @@ static void netchan__on_withdrawn(netchan__peer *p, netchan__frame *f) {
 static void netchan__flush_backlog(netchan *ch) {
     while (ch->backlog_count && ch->credit && ch->home) {
         netchan__reader r = {ch->backlog.data + ch->backlog.start, ch->backlog.data + ch->backlog.end, false};
-        netchan__frame f;
-        memset(&f, 0, sizeof f);
-        f.type = NETCHAN__DATA;
+        netchan__frame f = netchan__new_frame(NETCHAN__DATA);
         f.channel = ch->channel;
         f.count = (size_t)netchan__read_varint(&r);
         f.bytes = r.p;
@@ -2842,9 +2845,7 @@ static void netchan__pair_end(netchan *ch) {
             netchan__register(s);
             continue;
         }
-        netchan__frame f;
-        memset(&f, 0, sizeof f);
-        f.type = NETCHAN__DATA;
+        netchan__frame f = netchan__new_frame(NETCHAN__DATA);
         f.channel = ch->channel;
         f.has_value = true;
         f.value = s->value;
@@ -2889,9 +2890,7 @@ static void netchan__register(netchan__waiter *w) {
     w->id = id;
     w->peer = p;
     if (w->is_send && w->ch->lane.cap) w->ch->credit--;
-    netchan__frame f;
-    memset(&f, 0, sizeof f);
-    f.type = w->is_send ? NETCHAN__OFFER : NETCHAN__DEMAND;
+    netchan__frame f = netchan__new_frame(w->is_send ? NETCHAN__OFFER : NETCHAN__DEMAND);
     f.channel = w->ch->channel;
     f.entry = id;
     f.op = w->op_id;
@@ -2947,37 +2946,29 @@ static void netchan__on_closed(netchan__peer *p, netchan__frame *f) {
 
 /* ---- The home: entries of remote operations, and what they answer. ---- */
 
-static void netchan__on_waiter(netchan__peer *p, netchan__frame *f) {
-    if (p->leaving) return; /* it learns that from our farewell */
-    bool is_send = f->type == NETCHAN__OFFER;
-    netchan__lane *lane = p->lane;
-    netchan *ch = is_send ? (lane ? lane->ch : NULL) : p->work;
-    bool here = (f->flags & NETCHAN__HERE) != 0;
+/* What is wrong with an OFFER or DEMAND for this channel; NULL: nothing. */
+static const char *netchan__waiter_breach(const netchan__peer *p, const netchan__frame *f, const netchan *ch) {
+    bool is_send = f->type == NETCHAN__OFFER, here = (f->flags & NETCHAN__HERE) != 0;
     if (!ch || f->channel != (is_send ? 0u : 1u) || !f->entry || netchan__map_get(&p->waiters, f->entry) ||
-        here != f->has_value) {
-        netchan__breach(p, "it offered or demanded on a channel that does not exist, or twice");
-        return;
-    }
+        here != f->has_value)
+        return "it offered or demanded on a channel that does not exist, or twice";
     if (p->waiters.count >= p->max_ops || f->size > p->max_message ||
-        (here && p->offered + f->size > netchan__offer_limit(p->max_memory))) {
-        netchan__breach(p, "it has more operations than max_ops, or larger ones than max_message and max_memory");
-        return;
-    }
-    if (is_send && lane->cap && !lane->closing) {
-        if (!lane->lent) {
-            netchan__breach(p, "it offered without credit");
-            return;
-        }
-        lane->lent--;
-    }
-    netchan__waiter *w = (netchan__waiter *)netchan__alloc(sizeof *w);
+        (here && p->offered + f->size > netchan__offer_limit(p->max_memory)))
+        return "it has more operations than max_ops, or larger ones than max_message and max_memory";
+    if (is_send && p->lane->cap && !p->lane->closing && !p->lane->lent) return "it offered without credit";
+    return NULL;
+}
+
+/* Makes the waiter of a remote operation, which is in no queue yet. Returns NULL after a breach. */
+static netchan__waiter *netchan__make_waiter(netchan__peer *p, netchan__frame *f, netchan *ch) {
+    const char *breach = netchan__waiter_breach(p, f, ch);
+    netchan__waiter *w = breach ? NULL : (netchan__waiter *)netchan__alloc(sizeof *w);
     if (!w || !netchan__map_put(&p->waiters, f->entry, w)) {
         NETCHAN_FREE(w);
-        netchan__breach(p, "out of memory for one of its operations");
-        return;
+        netchan__breach(p, breach ? breach : "out of memory for one of its operations");
+        return NULL;
     }
     w->ch = ch;
-    w->lane = is_send ? lane : NULL;
     w->peer = p;
     w->peer_number = p->number;
     w->id = f->entry;
@@ -2986,25 +2977,31 @@ static void netchan__on_waiter(netchan__peer *p, netchan__frame *f) {
     f->value = netchan__nil_value;
     w->size = (size_t)f->size;
     w->memory = f->memory;
-    w->is_send = is_send;
+    w->is_send = f->type == NETCHAN__OFFER;
+    w->lane = w->is_send ? p->lane : NULL;
     w->multi = f->flags & NETCHAN__MULTI;
     w->is_try = f->flags & NETCHAN__TRY;
     w->firm = (f->flags & NETCHAN__FIRM) && !w->multi && !w->is_try;
-    w->here = here;
-    if (here) p->offered += w->size;
-    if (is_send ? lane->closing : ch->closed) {
-        if (is_send && here) netchan__finish_sender(w, NETCHAN_ECLOSED, 0);
+    w->here = f->flags & NETCHAN__HERE;
+    if (w->here) p->offered += w->size;
+    if (w->lane && w->lane->cap && !w->lane->closing) w->lane->lent--;
+    return w;
+}
+
+static void netchan__on_waiter(netchan__peer *p, netchan__frame *f) {
+    if (p->leaving) return; /* it learns that from our farewell */
+    netchan *ch = f->type == NETCHAN__DEMAND ? p->work : p->lane ? p->lane->ch : NULL;
+    netchan__waiter *w = netchan__make_waiter(p, f, ch);
+    if (!w) return;
+    if (w->is_send ? w->lane->closing : ch->closed) {
+        if (w->here) netchan__finish_sender(w, NETCHAN_ECLOSED, 0);
         else netchan__forget(w);
         return;
     }
     netchan__enqueue(netchan__queue_of(w), w, false);
-    if (w->lane) {
-        netchan__fill(lane);
-        netchan__update_ready(lane);
-    }
-    uint64_t id = f->entry;
-    netchan__pair(ch);
-    w = (netchan__waiter *)netchan__map_get(&p->waiters, id);
+    if (w->lane) netchan__fill(w->lane);
+    netchan__pair(ch); /* w may be gone now */
+    w = (netchan__waiter *)netchan__map_get(&p->waiters, f->entry);
     if (!w || !w->is_try) return;
     w->withdrawn = true; /* if it is in a match: when that falls through */
     if (w->match) return;
@@ -3223,9 +3220,7 @@ static void netchan__settle(void) {
             netchan__fall_through(m, m->step == 1);
         } else if (netchan__net.released) {
             netchan__op *op = netchan__net.released;
-            netchan__net.released = op->next_released;
-            if (op->next_released) op->next_released->prev_released = NULL;
-            op->is_released = false;
+            netchan__unlist_released(op);
             netchan__reopen(op);
         } else if (netchan__net.dirty) {
             netchan *ch = netchan__net.dirty;
@@ -3944,6 +3939,13 @@ static uint8_t *netchan__append_frame(netchan__session *s, const netchan__frame 
     return to + (p - head);
 }
 
+static void netchan__append_parcel(netchan__session *s, netchan__parcel *parcel) {
+    parcel->next = NULL;
+    if (s->last_parcel) s->last_parcel->next = parcel;
+    else s->parcels = parcel;
+    s->last_parcel = parcel;
+}
+
 /* Queues a large value to be cut into fragments. */
 static uint64_t netchan__queue_parcel(netchan__session *s, const netchan__frame *f) {
     netchan__parcel *parcel = (netchan__parcel *)netchan__alloc(sizeof *parcel);
@@ -3958,9 +3960,7 @@ static uint64_t netchan__queue_parcel(netchan__session *s, const netchan__frame 
     parcel->entry = f->entry;
     parcel->match = f->match;
     parcel->id = f->type == NETCHAN__COMMIT ? f->entry : f->match;
-    if (s->last_parcel) s->last_parcel->next = parcel;
-    else s->parcels = parcel;
-    s->last_parcel = parcel;
+    netchan__append_parcel(s, parcel);
     return UINT64_MAX; /* netchan__shipped() will tell */
 }
 
@@ -3980,9 +3980,7 @@ static uint64_t netchan__session_emit(netchan__peer *p, const netchan__frame *f)
 static void netchan__cut_fragment(netchan__session *s) {
     netchan__parcel *parcel = s->parcels;
     size_t size = netchan__buf_size(&parcel->bytes);
-    netchan__frame f;
-    memset(&f, 0, sizeof f);
-    f.type = NETCHAN__FRAGMENT_OF;
+    netchan__frame f = netchan__new_frame(NETCHAN__FRAGMENT_OF);
     f.match = parcel->id;
     f.count = size < NETCHAN__FRAGMENT ? size : (size_t)NETCHAN__FRAGMENT;
     f.bytes = parcel->bytes.data + parcel->bytes.start;
@@ -3990,11 +3988,8 @@ static void netchan__cut_fragment(netchan__session *s) {
     netchan__buf_consume(&parcel->bytes, f.count);
     s->parcels = parcel->next;
     if (!s->parcels) s->last_parcel = NULL;
-    parcel->next = NULL;
     if (size > f.count) {
-        if (s->last_parcel) s->last_parcel->next = parcel;
-        else s->parcels = parcel;
-        s->last_parcel = parcel;
+        netchan__append_parcel(s, parcel);
         return;
     }
     netchan__shipped(&s->peer, parcel->entry, parcel->match, s->queued);
@@ -4087,9 +4082,7 @@ static bool netchan__read_frame(netchan__session *s, netchan__frame *f, netchan_
 }
 
 static void netchan__on_frame(netchan__session *s, unsigned type, netchan__reader *r) {
-    netchan__frame f;
-    memset(&f, 0, sizeof f);
-    f.type = type;
+    netchan__frame f = netchan__new_frame(type);
     if (type == NETCHAN__HELLO) {
         netchan__on_hello(s, r);
         return;
