@@ -3,14 +3,10 @@
 #define NETCHAN_IMPLEMENTATION
 #include "netchan.h"
 #include "test.h"
+#include "task.h"
 
 #include <sys/resource.h>
 
-#if defined(__has_feature)
-#if __has_feature(thread_sanitizer)
-#define __SANITIZE_THREAD__ 1
-#endif
-#endif
 #ifdef __SANITIZE_THREAD__
 enum { MANY_CASES = 60 }; /* ThreadSanitizer follows 64 locks of one thread and gives up at more */
 #else
@@ -42,17 +38,6 @@ static int64_t recv_int(netchan *ch) {
     return netchan_as_int(&v, 0);
 }
 
-/* One operation in a thread of its own. */
-typedef struct task {
-    netchan *ch;
-    netchan_value value;
-    netchan_case *cases; /* a select when not NULL */
-    size_t count;
-    int timeout_ms, result;
-    bool is_send, done;
-    pthread_t thread;
-} task;
-
 static void *run_task(void *arg) {
     task *t = (task *)arg;
     if (t->cases) t->result = netchan_select(t->cases, t->count, t->timeout_ms);
@@ -60,39 +45,6 @@ static void *run_task(void *arg) {
     else t->result = netchan_recv(t->ch, &t->value, t->timeout_ms);
     __atomic_store_n(&t->done, true, __ATOMIC_RELEASE);
     return NULL;
-}
-
-static void start_send(task *t, netchan *ch, netchan_value v, int timeout_ms) {
-    memset(t, 0, sizeof *t);
-    t->ch = ch;
-    t->value = v;
-    t->is_send = true;
-    t->timeout_ms = timeout_ms;
-    t->thread = test_start(run_task, t);
-}
-
-static void start_recv(task *t, netchan *ch, int timeout_ms) {
-    memset(t, 0, sizeof *t);
-    t->ch = ch;
-    t->timeout_ms = timeout_ms;
-    t->thread = test_start(run_task, t);
-}
-
-static void start_select(task *t, netchan_case *cases, size_t count, int timeout_ms) {
-    memset(t, 0, sizeof *t);
-    t->cases = cases;
-    t->count = count;
-    t->timeout_ms = timeout_ms;
-    t->thread = test_start(run_task, t);
-}
-
-static bool is_done(task *t) {
-    return __atomic_load_n(&t->done, __ATOMIC_ACQUIRE);
-}
-
-static int end_task(task *t) {
-    test_join(t->thread);
-    return t->result;
 }
 
 /* Waits until `count` cases wait on the channel. The one place that looks inside: nothing public tells that a thread is

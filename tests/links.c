@@ -14,16 +14,12 @@ static void forget_lookup(struct addrinfo *list);
 #undef getaddrinfo
 #undef freeaddrinfo
 #include "test.h"
+#include "task.h"
 
 #include <dirent.h>
 #include <sys/resource.h>
 #include <mbedtls/pem.h>
 
-#if defined(__has_feature)
-#if __has_feature(thread_sanitizer)
-#define __SANITIZE_THREAD__ 1
-#endif
-#endif
 #ifdef __SANITIZE_THREAD__
 enum { LESS = 10 }; /* so many times less of what a test does thousands of times */
 #else
@@ -109,18 +105,6 @@ static int64_t recv_int(netchan *ch) {
     return netchan_as_int(&v, 0);
 }
 
-/* One operation in a thread of its own. */
-typedef struct task {
-    netchan *ch;
-    netchan_value value;
-    netchan_case *cases; /* a select when not NULL */
-    size_t count;
-    int timeout_ms, result;
-    bool is_send, done;
-    netchan_case one; /* what a send or receive became */
-    pthread_t thread;
-} task;
-
 static void *run_task(void *arg) {
     task *t = (task *)arg;
     netchan_case *c = t->cases ? t->cases : &t->one;
@@ -129,39 +113,6 @@ static void *run_task(void *arg) {
     if (!t->cases && t->result >= 0) t->result = t->one.result;
     __atomic_store_n(&t->done, true, __ATOMIC_RELEASE);
     return NULL;
-}
-
-static void start_send(task *t, netchan *ch, netchan_value v, int timeout_ms) {
-    memset(t, 0, sizeof *t);
-    t->ch = ch;
-    t->value = v;
-    t->is_send = true;
-    t->timeout_ms = timeout_ms;
-    t->thread = test_start(run_task, t);
-}
-
-static void start_recv(task *t, netchan *ch, int timeout_ms) {
-    memset(t, 0, sizeof *t);
-    t->ch = ch;
-    t->timeout_ms = timeout_ms;
-    t->thread = test_start(run_task, t);
-}
-
-static void start_select(task *t, netchan_case *cases, size_t count, int timeout_ms) {
-    memset(t, 0, sizeof *t);
-    t->cases = cases;
-    t->count = count;
-    t->timeout_ms = timeout_ms;
-    t->thread = test_start(run_task, t);
-}
-
-static bool is_done(task *t) {
-    return __atomic_load_n(&t->done, __ATOMIC_ACQUIRE);
-}
-
-static int end_task(task *t) {
-    test_join(t->thread);
-    return t->result;
 }
 
 /* How many operations wait on a channel of a link. With wait_for_waiters() and wait_until_shipped() the only places

@@ -23,6 +23,16 @@ typedef struct test_entry {
     void (*run)(void);
 } test_entry;
 
+/* gcc tells with macros what clang tells with features. */
+#if defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define __SANITIZE_THREAD__ 1
+#endif
+#if __has_feature(address_sanitizer)
+#define __SANITIZE_ADDRESS__ 1
+#endif
+#endif
+
 /* Rows of the table that is given to test_main(). */
 #define TEST(name) {#name, test_##name}
 #define TEST_END {NULL, NULL}

@@ -7,11 +7,6 @@
 #include "netchan.h"
 #include "test.h"
 
-#if defined(__has_feature)
-#if __has_feature(thread_sanitizer)
-#define __SANITIZE_THREAD__ 1
-#endif
-#endif
 #ifdef __SANITIZE_THREAD__
 enum { LESS = 4 }; /* so many times less of what a test does often */
 #else
