@@ -6,6 +6,7 @@
 # make symbols    what reaches the linker and the user's preprocessor
 # make lint       stray blanks, and cppcheck if it is installed
 # make fuzz       libFuzzer (clang), FUZZ_SECONDS for each target, from the inputs kept in tests/fuzz/corpus/
+# make sim        the simulator, SEEDS seeds from SEED0 on; with SEED=42 it replays that one and tells each step
 # make demo       examples/pool.c at work: one server, several workers, over TLS
 # make deps       mbedTLS into build/mbedtls; done without being asked when there is no other
 # make clean      removes what was built, but for mbedTLS
@@ -15,6 +16,8 @@
 CFLAGS ?= -O2 -g -Wall -Wextra
 BUILD = build
 FUZZ_SECONDS = 30
+SEEDS = 10000
+SEED0 = 1
 RUN = tests/run
 
 # mbedTLS 4 keeps ecp.h and sha256.h, which netchan.h includes, to itself.
@@ -44,7 +47,7 @@ TESTS := $(filter-out $(BUILD)/tests/bench%,$(PROGRAMS)) $(SCRIPTS)
 EXAMPLES := $(patsubst examples/%.c,$(BUILD)/%,$(wildcard examples/*.c))
 FUZZERS := $(patsubst tests/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard tests/fuzz/*.c))
 
-.PHONY: all deps test check sanitize asan tsan matrix symbols lint fuzz demo clean
+.PHONY: all deps test check sanitize asan tsan matrix symbols lint fuzz sim demo clean
 all: $(EXAMPLES) $(PROGRAMS)
 
 $(EXAMPLES): $(BUILD)/%: examples/%.c netchan.h | $(DEPS)
@@ -92,6 +95,9 @@ lint:
 	@tests/lint
 fuzz: $(FUZZERS)
 	@tests/fuzz/run $(FUZZ_SECONDS) $(FUZZERS)
+
+sim: $(BUILD)/tests/simulator
+	@$< $(if $(SEED),trace $(SEED),sim $(SEEDS) $(SEED0))
 
 # The demo's files: ours, and the sources of mbedTLS, or its headers where it came without them.
 demo: $(BUILD)/pool

@@ -33,7 +33,8 @@
  *
  *   [A] results   [B] values   [C] struct tables   [D] channels and select   [E] links   [F] configuration
  *   [1] platform   [2] bytes and maps   [3] errors   [4] values   [5] struct tables   [6] channels: queues and matches
- *   [7] the commit protocol   [8] operations   [9] sessions   [10] TLS   [11] sockets   [12] the I/O loop   [13] links
+ *   [7] the commit protocol   [8] operations   [9] sessions   [10] hubs   [11] TLS   [12] sockets   [13] the I/O loop
+ *   [14] links
  *
  * GO BESIDE NETCHAN.H
  *
@@ -63,9 +64,10 @@
  *               last hangup ends it. mbedTLS is called from one thread at a time, under a lock of ours; a program
  *               that also calls mbedTLS itself, from another thread, needs an mbedTLS built with MBEDTLS_THREADING_C.
  *   Time        timeout_ms is NETCHAN_FOREVER (-1), NETCHAN_NOWAIT (0) or milliseconds on the monotonic clock.
- *               Between machines, a call that has begun to commit when its time is up returns late, by one round trip
- *               or when the link is lost; NETCHAN_NOWAIT asks the other side once and takes one round trip, unless
- *               this side knows: it does for a buffer.
+ *               Between machines, a call that has begun to commit when its time is up returns late: by one round trip,
+ *               or, when the link is down, when the session goes on or is lost (options.resume_ms). NETCHAN_NOWAIT
+ *               asks the other side once and takes one round trip, unless this side knows: it does for a buffer, and
+ *               when the link is down (ETIMEDOUT).
  *   Errors      A function that can fail returns NETCHAN_OK or a negative code, or NULL; netchan_errmsg() is then a
  *               sentence.
  *   Results     OK: it happened. ETIMEDOUT, ECLOSED, ELOST: it did not and never will. EUNKNOWN: the peer is gone and
@@ -75,24 +77,26 @@
  *
  *   Every value sent with OK through capacity 0 was taken by exactly one receiver. Values from one thread through one
  *   channel to one receiver arrive in the order in which they were sent. Capacity is exact. A link that breaks is
- *   dialled again; values that never left go over the next link. In this version a broken link ends its session: what
- *   was being committed on it ends with ELOST or EUNKNOWN, values that had left the buffer of a dialler's `send` are
- *   counted in the event "down", and a value on the listener's work queue that was shipped and not confirmed goes to
- *   another peer, marked `redelivered` (or is counted, with options.no_redelivery). Not promised: durability (a
- *   channel lives in memory), order across different senders or receivers, and anything once a process dies beyond
- *   the truthful result.
+ *   dialled again, and the session goes on where it was: nothing is lost, doubled or reordered, and calls that were
+ *   under way return later. Only when no link comes within options.resume_ms, or the other process was started anew or
+ *   broke the protocol, is the session lost: what was being committed ends with ELOST or EUNKNOWN; what never left goes
+ *   to the next session; values that had left a dialler's `send` and are not known to be taken are counted in the event
+ *   "lost"; and a value on the listener's work queue that was shipped and not confirmed goes to another peer, marked
+ *   `redelivered` (or is counted, with options.no_redelivery). Not promised: durability (a channel lives in memory),
+ *   order across different senders or receivers, and anything once a process dies beyond the truthful result.
  *
  * SECURITY
  *
- *   TLS 1.3 only, with forward secrecy. Exactly one of options.shared_key, .pin and .insecure says whom to trust;
- *   with the first two both sides prove themselves before the first value. Keys are never logged and are wiped after
- *   use. What a peer can make this process hold is bounded by max_memory, max_message and max_ops; max_peers and a
- *   deadline bound what strangers can.
+ *   TLS 1.3 only, with forward secrecy. Exactly one of options.shared_key, .pin and .insecure says whom to trust; with
+ *   the first two both sides prove themselves before the first value. Keys are never logged and are wiped after use.
+ *   What a peer can make this process hold is bounded by max_memory, max_message and max_ops, and as much again for
+ *   what it is sent and does not read; max_peers and a deadline bound what strangers can. A session goes on only over
+ *   a link whose other side has the same key as before and knows a secret of that session.
  *
  * WIRE
  *
- *   Enough to write another implementation; all of it travels inside TLS 1.3 with ALPN "netchan/1". A varint is unsigned
- *   LEB128 of at most 10 bytes, the shortest form not required.
+ *   Enough to write another implementation; all of it travels inside TLS 1.3 with ALPN "netchan/1". A varint is
+ *   unsigned LEB128 of at most 10 bytes, the shortest form not required.
  *
  *   With a shared key the external PSK is SHA-256("netchan/1 shared key" NUL key), its identity "netchan", its mode
  *   psk_dhe_ke only.
@@ -103,21 +107,37 @@
  *     80 nil                      84 uint: varint           89 map: LEN, count, entries    8e f64 array: LEN, items
  *     81 false                    85 float: 8 bytes         8a reserved for channel ends   8f.. LEN, payload: skipped,
  *                                 86 str: LEN, bytes        8b i32 array: LEN, items            read as nil
- *   Numbers in floats and packed arrays are little-endian, floats IEEE 754. An entry of a map is the key (varint length,
- *   bytes without NUL) and a value. A decoder refuses nesting deeper than 64 and counts larger than the bytes left.
+ *   Numbers in floats and packed arrays are little-endian, floats IEEE 754. An entry of a map is the key (varint
+ *   length, bytes without NUL) and a value. A decoder refuses nesting deeper than 64 and counts larger than the bytes
+ *   left.
  *
- *   Frames: LENGTH (varint, of what follows), TYPE (one byte), fields (varints unless said otherwise). Frames longer than
- *   16,384 bytes, with LENGTH, are refused. D is the dialling side, L the listening side. Channel 0 goes from D to L,
- *   channel 1 from L to D; both have their home at L.
- *     01 HELLO  "netchan" (7 bytes), version 1, process id (16 bytes), max_message, max_memory, max_ops, ping_ms, capacity:
- *               first frame each way; L waits for D's. D's capacity is its wish for channel 0, L's answer what it gets.
- *               Fields after these are skipped.
+ *   Frames: LENGTH (varint, of what follows), TYPE (one byte), fields (varints unless said otherwise). Frames longer
+ *   than 16,384 bytes, with LENGTH, are refused. D is the dialling side, L the listening side. Channel 0 goes from D
+ *   to L, channel 1 from L to D; both have their home at L. A session outlives its TLS connections. Its frames, but
+ *   those of types 01 to 03 and 05 to 08, have numbers, from 1 on in each direction, by counting; they are kept until
+ *   acknowledged.
+ *     01 HELLO  "netchan" (7 bytes), version 1, process id (16 bytes), max_message, max_memory, max_ops, ping_ms,
+ *               capacity, and from L only: session id (16 bytes), secret (32 bytes). First frame each way of a new
+ *               session; L waits for D's. D's capacity is its wish for channel 0, L's answer what it gets. Fields
+ *               after these are skipped.
  *     02 PING n, 03 PONG n       any byte received is a sign of life; a PING is answered at once
- *     04 BYE                     its sender begins nothing new. The other side lets what is being negotiated end, answers
- *                                BYE and closes; what was not accepted by then never happened
- *     10 OFFER channel, entry, op, flags, size, [value]    D: a send waits. On a channel with capacity it costs a credit,
- *               and is for large values only. flags: 1 op has several cases, 2 try (answer WITHDRAWN at once if nobody
- *               takes it), 4 firm (never declined), 8 the value is here and the home's to match
+ *     04 BYE n                   its sender begins nothing new; n is 1 if it hands back what is in its buffers. The
+ *               other side lets what is being negotiated end and answers BYE; what was not accepted by then never
+ *               happened. The session ends when all frames have arrived, and with n = 1 when CREDIT or RETURN has
+ *               accounted for each value
+ *     05 ACK n                   the frames up to n were received; never more than were sent
+ *     06 RESUME id (16 bytes), generation, n, proof (32 bytes)    D, first frame: go on with this session over this
+ *               connection. n: the number of the last frame received; after this, D reads no older connection. The
+ *               generation grows with each RESUME. Who resumes has the same key or certificate as before. proof:
+ *               HMAC-SHA256 with the secret of: role (the byte "D"; in the answer "L"), binding (32 bytes), generation
+ *               and n (8 bytes each, little-endian). binding: SHA-256 of "netchan/1 link" and the
+ *               client_application_traffic_secret_0 of the connection
+ *     07 RESUMED n, proof        L: it goes on; L closes the older connection, and both sides go on after the other's n
+ *     08 REFUSED text            L: no to HELLO or RESUME (D may say HELLO then); later, from either: the session is
+ *               over
+ *     10 OFFER channel, entry, op, flags, size, [value]    D: a send waits. On a channel with capacity it costs a
+ *               credit, and is for large values only. flags: 1 op has several cases, 2 try (answer WITHDRAWN at once
+ *               if nobody takes it), 4 firm (never declined), 8 the value is here and the home's to match
  *     11 DEMAND channel, entry, op, flags                  D: a receive waits. Flags as above
  *     12 WITHDRAW entry          D: this entry no longer waits (a DECLINE may follow it)
  *     13 GRANT match, size, [value]    D: the claim is accepted; a sender's carries the value
@@ -125,8 +145,8 @@
  *     15 TAKEN match             D: the value of a COMMIT is taken
  *     16 DATA channel, value     D: a value within credit
  *     17 CLOSE channel           D: no more values on channel 0
- *     18 FRAGMENT id, bytes      more of the value whose GRANT (from D: id is the match) or COMMIT (from L: the entry) had
- *                                none
+ *     18 FRAGMENT id, bytes      more of the value whose GRANT (from D: id is the match) or COMMIT (from L: the entry)
+ *                                had none
  *     20 CLAIM entry, match, flags, size, [value]     L: flags: 1 final (granting commits), 2 redelivered
  *     21 COMMIT entry, match, flags, size, [value]    L: the engaged receive gets this value
  *     22 RELEASE entry, match    L: the grant is not used, the entry waits again
@@ -134,12 +154,14 @@
  *     24 WITHDRAWN entry         L: the answer to a try that found nobody
  *     25 CREDIT channel, n, left    L: n more values may be sent; `left` of those sent before have left the buffer
  *     26 CLOSED channel          L: after the last value
- *     Entry and match numbers are not 0; OFFER and DEMAND share one space of entries. A final CLAIM to a receive carries
- *     its value, if that is no large one, and its GRANT ends the match; else COMMIT brings it, and TAKEN follows. A GRANT
- *     for a receive has size 0. The values of all OFFERs with flag 8 may count max_memory / 96 bytes. A CLAIM that is not
- *     answered for six times ping_ms is a breach.
- *     Unknown types are skipped. size is the encoded size of the value; a value over 16,256 bytes is never in the frame
- *     that names its size: it is shipped in FRAGMENTs after GRANT or COMMIT. The commit protocol is described at [7].
+ *     27 RETURN channel, size, bytes    L hangs up: a value that nobody received; in parts if it is large, one after
+ *               the other. The newest of those on the way and in the buffer, in their order, after a last CREDIT
+ *     Entry and match numbers are not 0; OFFER and DEMAND share one space of entries. A final CLAIM to a receive
+ *     carries its value, if that is no large one, and its GRANT ends the match; else COMMIT brings it, and TAKEN
+ *     follows. A GRANT for a receive has size 0. The values of all OFFERs with flag 8 may count max_memory / 96 bytes.
+ *     A CLAIM that is not answered for six times ping_ms is a breach. Unknown types are skipped. size is
+ *     the encoded size of the value; a value over 16,256 bytes is never in the frame that names its size: it is shipped
+ *     in FRAGMENTs after GRANT or COMMIT. The commit protocol is described at [7].
  */
 
 #ifndef NETCHAN_H
@@ -454,11 +476,18 @@ typedef struct netchan_options {
     size_t max_message; /* bytes of one encoded value that may come in [128 MiB] */
     size_t max_memory;  /* bytes that one peer's values may occupy here [and at least: twice max_message] */
     size_t max_ops;     /* operations of one peer that may wait here [65536] */
-    size_t max_peers;   /* listening: connected peers [10000] */
+    size_t max_peers;   /* listening: peers, also those whose link is down [10000] */
     int connect_ms;     /* dialling: how long the first connection may take, negative: for ever [10000] */
-    int linger_ms;      /* how long netchan_hangup() may wait for values to be taken, negative: for ever [5000] */
+    int resume_ms;      /* how long a session waits for a new link, negative: for ever, even for the dead [30000] */
+    int linger_ms;      /* how long netchan_hangup() waits at most, a quarter for farewells; < 0: for ever [5000] */
     int ping_ms;        /* a heartbeat after this much silence; after three times as much the link is given up [5000] */
     bool no_redelivery; /* listening: values of unknown fate are counted instead of sent to another peer */
+
+    /* Listening: a socket that listens already, in place of an address: inherited, or of systemd (its first is 3, see
+     * LISTEN_FDS). The link owns it once netchan_listen() has succeeded, makes it non-blocking and close-on-exec, and
+     * closes it at last. 0: none. Who shares it with a successor hangs up at once: a peer whose link breaks just then
+     * may reach the successor, which does not know its session. */
+    int listen_fd;
 
     /* Told what happens: level 0 error, 1 warning, 2 information. Called from the library's thread without locks; must
      * not block. */
@@ -475,34 +504,64 @@ typedef struct netchan_link {
     netchan *recv;
     /* What happened, as maps: {"event": ..., "peer": uint, "address": str, ...}. Receive from it, or do not: it holds
      * the newest 64.
-     * "up"       a peer is connected. "listening": bool
-     * "down"     its session ended. "reason": str; "unknown": uint, values whose fate only the peer knew
+     * "up"       a session with a peer began. "listening": bool
+     * "down"     its link broke; the session waits for another, and nothing is lost. "reason": str
+     * "resumed"  the session goes on over a new link. "replayed": uint, frames that had to be sent again
+     * "drained"  the session ended with a farewell of both sides. "reason", and counts as in "lost"
+     * "lost"     the session ended without. "reason": str; of the values sent to this peer, "taken": uint, known to be
+     *            taken; "returned": uint, known not to be, and sent again to whoever comes; "unknown": uint, values
+     *            whose fate only the peer knew
      * "rejected" a stranger was turned away. "reason": str
      * "closed"   the peer closed its sending channel, and all its values were received
-     * "dropped": uint stands in an event when older events were dropped before it. */
+     * "dropped": uint stands in the next event after older ones were dropped. */
     netchan *events;
     const char *address; /* the address bound or dialled, with the real port */
+    int listen_fd;       /* listening: the socket, to be passed on to a successor; else -1 */
 } netchan_link;
 
 typedef struct netchan_report {
     size_t undelivered; /* values that were sent with OK and were certainly not taken */
-    size_t unknown;     /* values of which only the peer knew, since the link was opened */
+    size_t unknown;     /* values of which only the peer knew, since the link was opened; also when calls said so */
+    size_t unreceived;  /* values that came from peers which are gone, and that nobody received here */
 } netchan_report;
+
+/* Counted since the link was opened, over all its peers. */
+typedef struct netchan_stats {
+    uint64_t values_sent, values_received;   /* that reached a peer, or are on their way into its buffer; that came */
+    uint64_t bytes_sent, bytes_received;     /* of frames, before encryption */
+    uint64_t frames_sent, frames_received;   /* sent: replays count again */
+    uint64_t records_sent, records_received; /* of TLS */
+    uint64_t resumes;       /* sessions that went on after their link had broken */
+    uint64_t rollovers;     /* links that were replaced before they broke, as far as this side noticed */
+    uint64_t replays;       /* frames that were sent again */
+    uint64_t lost;          /* sessions that were lost */
+    size_t peers;           /* sessions now, also those whose link is down */
+    size_t queued;          /* values that were sent with OK and were not given to a peer yet */
+    size_t in_flight;       /* values that a peer was given and is not known to have taken */
+    uint64_t round_trip_us; /* of the newest heartbeat; listening: the longest over its peers. 0: not measured yet */
+} netchan_stats;
 
 /* Listens on "host:port", "[ipv6]:port" or ":port" (all addresses); port 0 picks a free one, see link->address. options
  * is copied. Returns NULL with netchan_errmsg(): the address, the options, the key or the system's limits were not
  * good. */
 NETCHANDEF netchan_link *netchan_listen(const char *address, const netchan_options *options);
 /* Connects to a listener and proves both sides; waits up to connect_ms, also for a listener that is not there yet.
- * Later a lost link is dialled again for ever. Returns NULL with netchan_errmsg() when it could not be reached in time,
- * or at once when either side does not trust the other. */
+ * address may be a list, "a:1,b:2", which is tried in turn: several ways to one process, or processes that stand in
+ * for each other. Names are looked up once, and 16 addresses are used at most. Later a broken link is dialled again
+ * for ever: the session goes on over the first address whose process knows it, and when all were tried and at least
+ * one does not know it, or after resume_ms, a new one begins. Returns NULL with netchan_errmsg() when nobody could be
+ * reached in time, or at once when either side does not trust the other. */
 NETCHANDEF netchan_link *netchan_dial(const char *address, const netchan_options *options);
 /* Waits up to linger_ms until all that was sent has arrived (a dialler's values in the listener's buffer, a listener's
- * at its peers), ends the connections, and frees the link. At a dialler nothing new begins on its channels from now on,
- * at a listener from then on; operations that still wait end with ECLOSED (ELOST or EUNKNOWN if they were being
- * committed). *report (may be NULL) tells what was not delivered. Returns OK, or ETIMEDOUT when values were left; the
- * link is gone all the same. NULL is allowed. */
+ * at its peers), says farewell, and frees the link. At a dialler nothing new begins on its channels from now on, at a
+ * listener from then on; operations that still wait end with ECLOSED (ELOST or EUNKNOWN if they were being committed).
+ * What diallers have sent and nobody received at a listener goes back to them: they send it to whoever listens there
+ * next. *report (may be NULL) tells what was not delivered. Returns OK, or ETIMEDOUT when values were left; the link is
+ * gone all the same; or when values of a session that was lost before are unknown. NULL is allowed. */
 NETCHANDEF int netchan_hangup(netchan_link *link, netchan_report *report);
+
+/* Fills in *stats. Returns OK, or EINVAL when one of the two is NULL. */
+NETCHANDEF int netchan_get_stats(netchan_link *link, netchan_stats *stats);
 
 #define NETCHAN_KEY_SIZE 65         /* bytes of a generated key, with its NUL */
 #define NETCHAN_FINGERPRINT_SIZE 72 /* bytes of a fingerprint, with its NUL */
@@ -520,6 +579,9 @@ NETCHANDEF int netchan_fingerprint(const char *cert, char *out, size_t size);
  *   NETCHAN_MALLOC, NETCHAN_REALLOC, NETCHAN_FREE   the allocator, all three or none [malloc, realloc, free]
  *   NETCHAN_ASSERT(x)                               checks of our own bugs, never of input [assert]
  *   NETCHAN_MAX_DEPTH                               how deep values may be nested [64]
+ *   NETCHAN_WINDOW                                  bytes sent to a peer and not acknowledged, at most [4 MiB]
+ *   NETCHAN_KEY_RECORDS                             records each way after which a link is replaced by one with fresh
+ *                                                   keys; AES-GCM is good for 2^24.5 (RFC 8446 section 5.5) [2^23]
  *   NETCHAN_STATIC                                  all functions static: the library private to one file
  *   NETCHANDEF                                      how functions are declared [extern]
  * ================================================================================================================== */
@@ -564,8 +626,10 @@ NETCHANDEF int netchan_fingerprint(const char *cert, char *out, size_t size);
 #error netchan.h needs TLS 1.3, and this mbedTLS was built without it. Build mbedTLS in its default configuration.
 #else /* all the rest, so that the sentence is the only error */
 
+#include <mbedtls/constant_time.h>
 #include <mbedtls/ecp.h>
 #include <mbedtls/error.h>
+#include <mbedtls/md.h>
 #include <mbedtls/pk.h>
 #include <mbedtls/platform_util.h>
 #include <mbedtls/sha256.h>
@@ -584,6 +648,13 @@ NETCHANDEF int netchan_fingerprint(const char *cert, char *out, size_t size);
 #endif
 #ifndef NETCHAN_MAX_DEPTH
 #define NETCHAN_MAX_DEPTH 64
+#endif
+
+#ifndef NETCHAN_WINDOW
+#define NETCHAN_WINDOW (4u << 20)
+#endif
+#ifndef NETCHAN_KEY_RECORDS
+#define NETCHAN_KEY_RECORDS (1u << 23)
 #endif
 
 #ifdef __cplusplus
@@ -609,15 +680,28 @@ static void *netchan__alloc(size_t size) {
     return p;
 }
 
+/* Doubly linked lists through two members of their items; head points to the first. */
+#define NETCHAN__LINK(head, item, prev, next)                                                                          \
+    do {                                                                                                               \
+        (item)->prev = NULL;                                                                                           \
+        (item)->next = (head);                                                                                         \
+        if (head) (head)->prev = (item);                                                                               \
+        (head) = (item);                                                                                               \
+    } while (0)
+#define NETCHAN__UNLINK(head, item, prev, next)                                                                        \
+    do {                                                                                                               \
+        if ((item)->prev) (item)->prev->next = (item)->next;                                                           \
+        else (head) = (item)->next;                                                                                    \
+        if ((item)->next) (item)->next->prev = (item)->prev;                                                           \
+    } while (0)
+
 /* Bytes [start, end) of data are in use. */
 typedef struct netchan__buf {
     uint8_t *data;
     size_t start, end, cap;
 } netchan__buf;
 
-static size_t netchan__buf_size(const netchan__buf *b) {
-    return b->end - b->start;
-}
+static size_t netchan__buf_size(const netchan__buf *b) { return b->end - b->start; }
 
 static void netchan__buf_free(netchan__buf *b) {
     NETCHAN_FREE(b->data);
@@ -686,9 +770,7 @@ typedef struct netchan__reader {
     bool bad;
 } netchan__reader;
 
-static size_t netchan__left(const netchan__reader *r) {
-    return (size_t)(r->end - r->p);
-}
+static size_t netchan__left(const netchan__reader *r) { return (size_t)(r->end - r->p); }
 
 static const uint8_t *netchan__read_bytes(netchan__reader *r, uint64_t size) {
     if (r->bad || size > netchan__left(r)) {
@@ -821,9 +903,7 @@ NETCHANDEF const char *netchan_strerror(int result) {
     }
 }
 
-NETCHANDEF const char *netchan_errmsg(void) {
-    return netchan__message;
-}
+NETCHANDEF const char *netchan_errmsg(void) { return netchan__message; }
 
 /* Sets this thread's sentence and returns the code. */
 static int netchan__fail(int code, const char *format, ...) NETCHAN__PRINTF(2, 3);
@@ -891,9 +971,7 @@ static netchan_value netchan__make_block(enum netchan_type type, const void *dat
     return v;
 }
 
-NETCHANDEF netchan_value netchan_nil(void) {
-    return netchan__nil_value;
-}
+NETCHANDEF netchan_value netchan_nil(void) { return netchan__nil_value; }
 
 NETCHANDEF netchan_value netchan_bool(bool b) {
     netchan_value v = netchan__make_value(NETCHAN_BOOL);
@@ -923,9 +1001,7 @@ NETCHANDEF netchan_value netchan_strn(const char *s, size_t size) {
     return s ? netchan__make_block(NETCHAN_STR, s, size) : netchan__nil_value;
 }
 
-NETCHANDEF netchan_value netchan_str(const char *s) {
-    return netchan_strn(s, s ? strlen(s) : 0);
-}
+NETCHANDEF netchan_value netchan_str(const char *s) { return netchan_strn(s, s ? strlen(s) : 0); }
 
 NETCHANDEF netchan_value netchan_bytes(const void *data, size_t size) {
     return netchan__make_block(NETCHAN_BYTES, data, size);
@@ -952,13 +1028,9 @@ static netchan_value netchan__make_end(enum netchan_type type, netchan *ch) {
     return v;
 }
 
-NETCHANDEF netchan_value netchan_sender(netchan *ch) {
-    return netchan__make_end(NETCHAN_SENDER, ch);
-}
+NETCHANDEF netchan_value netchan_sender(netchan *ch) { return netchan__make_end(NETCHAN_SENDER, ch); }
 
-NETCHANDEF netchan_value netchan_receiver(netchan *ch) {
-    return netchan__make_end(NETCHAN_RECEIVER, ch);
-}
+NETCHANDEF netchan_value netchan_receiver(netchan *ch) { return netchan__make_end(NETCHAN_RECEIVER, ch); }
 
 NETCHANDEF netchan_value netchan_i32s(const int32_t *items, size_t count) {
     return netchan__make_block(NETCHAN_I32S, items, count);
@@ -1044,9 +1116,7 @@ static size_t netchan__child_count(const netchan_value *v) {
     return v->type == NETCHAN_STRUCT ? netchan__row_count(v) : v->as.block.count;
 }
 
-static size_t netchan__align(size_t size) {
-    return (size + 7) & ~(size_t)7;
-}
+static size_t netchan__align(size_t size) { return (size + 7) & ~(size_t)7; }
 
 /* What a value needs: bytes on the wire, bytes of its block in memory, whether channels are in it. */
 typedef struct netchan__measure {
@@ -1054,13 +1124,9 @@ typedef struct netchan__measure {
     bool channels;
 } netchan__measure;
 
-static uint64_t netchan__zigzag(int64_t i) {
-    return ((uint64_t)i << 1) ^ (i < 0 ? UINT64_MAX : 0);
-}
+static uint64_t netchan__zigzag(int64_t i) { return ((uint64_t)i << 1) ^ (i < 0 ? UINT64_MAX : 0); }
 
-static size_t netchan__length_prefixed(size_t payload) {
-    return 1 + netchan__varint_size(payload) + payload;
-}
+static size_t netchan__length_prefixed(size_t payload) { return 1 + netchan__varint_size(payload) + payload; }
 
 static int netchan__measure_value(const netchan_value *v, unsigned depth, netchan__measure *m);
 
@@ -1476,17 +1542,11 @@ NETCHANDEF const char *netchan_as_str(const netchan_value *v, const char *fallba
     return v && v->type == NETCHAN_STR ? (const char *)v->as.block.data : fallback;
 }
 
-NETCHANDEF netchan *netchan_as_chan(const netchan_value *v) {
-    return v && netchan__is_chan(v) ? v->as.chan : NULL;
-}
+NETCHANDEF netchan *netchan_as_chan(const netchan_value *v) { return v && netchan__is_chan(v) ? v->as.chan : NULL; }
 
-NETCHANDEF bool netchan_is_nil(const netchan_value *v) {
-    return !v || v->type == NETCHAN_NIL;
-}
+NETCHANDEF bool netchan_is_nil(const netchan_value *v) { return !v || v->type == NETCHAN_NIL; }
 
-NETCHANDEF size_t netchan_count(const netchan_value *v) {
-    return v && netchan__is_block(v) ? v->as.block.count : 0;
-}
+NETCHANDEF size_t netchan_count(const netchan_value *v) { return v && netchan__is_block(v) ? v->as.block.count : 0; }
 
 NETCHANDEF const void *netchan_as_block(const netchan_value *v, enum netchan_type type, size_t *count) {
     bool found = v && v->type == type && netchan__is_block(v) && !netchan__has_children(v);
@@ -1594,10 +1654,13 @@ NETCHANDEF int netchan_unpack(const netchan_value *v, const netchan_field *field
  *
  * Invariants.
  *   I1  An operation leaves OPEN once: by compare-and-swap, as several own mutexes may reach it. Outside net it goes to
- * DONE only (ENGAGED is seen there only of an operation that is about to be DONE). I2  Whoever holds a channel's lock
- * leaves no idle sender and idle receiver that could be paired. I3  count + out + reserved + lent <= cap in every lane:
- * values in the buffer, values being claimed, slots being filled, credit. I4  Values of one lane leave in the order in
- * which they entered: while a value is out on a claim that can be declined, no other goes.
+ *       DONE only (ENGAGED is seen there only of an operation that is about to be DONE).
+ *   I2  Whoever holds a channel's lock leaves no idle sender and idle receiver that could be paired. Who waits in a
+ *       process whose link is down is not idle, unless its value is here.
+ *   I3  count + out + reserved + lent <= cap in every lane: values in the buffer, values being claimed, slots being
+ *       filled, credit.
+ *   I4  Values of one lane leave in the order in which they entered: while a value is out on a claim that can be
+ *       declined, no other goes; and what comes back takes its old place.
  * ================================================================================================================== */
 
 typedef struct netchan__op netchan__op;
@@ -1647,6 +1710,7 @@ struct netchan__waiter {
     bool here;             /* the value is at home, and so the home's to match */
     bool withdrawn;        /* goes when its match falls through */
     bool lost;             /* its process is gone */
+    bool starved;          /* there was no memory for it while its operation was engaged */
     bool held;             /* the call holds the channel */
     /* A claim on this waiter by a match at its home. */
     netchan__waiter *next_claim; /* in the queue of its operation */
@@ -1660,7 +1724,8 @@ struct netchan__waiter {
 struct netchan__op {
     int state; /* atomic */
     bool net;
-    bool expired; /* net: its time is up, but it is engaged */
+    bool expired;  /* net: its time is up, but it is engaged */
+    bool detached; /* net: nobody waits for it; it owns its value, and is freed when it is over */
     size_t count;
     netchan__waiter *waiters;
     netchan__waiter *engaged;                /* net: the waiter that is engaged or committed */
@@ -1684,6 +1749,7 @@ typedef struct netchan__slot {
     netchan_value value;
     size_t size;   /* its encoded bytes */
     size_t memory; /* what it occupies here */
+    uint64_t order; /* grows with each value that enters the lane */
     bool redelivered;
 } netchan__slot;
 
@@ -1701,12 +1767,14 @@ struct netchan__lane {
     size_t lent;     /* credit at the peer */
     size_t left;     /* values that left since the peer was told */
     size_t memory;   /* what the values in the buffer occupy */
+    uint64_t entered; /* values, ever */
     bool closing;    /* no more values will enter */
     size_t matching; /* matches of this lane */
     netchan__peer *peer; /* the process that sends into this lane, if it is one of several */
     uint64_t peer_number;
-    void *endpoint;   /* for netchan__net.on_drained */
+    void *hub;        /* for netchan__net.on_drained */
     bool closed_by_peer, orphaned; /* its peer said that no more will come; is gone */
+    bool returning;  /* this side hangs up: what is in the buffer goes back to the peer */
     netchan__lane *next_changed;
     bool is_changed;
 };
@@ -1730,10 +1798,12 @@ struct netchan {
     netchan__peer *home;   /* NULL while there is no session */
     uint64_t channel;      /* its number there */
     size_t credit;         /* values that may be sent at once */
-    netchan__buf
-        backlog; /* values that were sent within the credit of an earlier session and never left: LEN, value, ... */
-    size_t backlog_count;
     size_t in_flight; /* values that were sent in this session and, as far as this process knows, are in the buffer */
+    size_t detached;  /* values that came back from earlier sessions: first in lane.senders, and in returned */
+    netchan__queue returned; /* those that the home of this session has handed back, until it ends */
+    netchan__buf returning;  /* the beginning of one */
+    size_t undelivered;      /* values that were sent with OK and could not be */
+    size_t largest, largest_memory; /* of the values sent with OK: bytes on the wire, and here */
     bool close_sent;
 };
 
@@ -1753,10 +1823,11 @@ struct netchan__match {
     uint64_t position;      /* where in the stream the value ended that was sent to the receiver */
     netchan_value value;    /* from the buffer, or granted by a remote sender */
     size_t size, memory;    /* its encoded bytes, and what it occupies here */
+    uint64_t order;         /* its place in the buffer */
     netchan__buf incoming;
     size_t announced;
     size_t shipping;        /* what it counts in its receiver's peer->shipping */
-    uint64_t asked_at;      /* when it was first seen waiting for a remote party; 0: not yet */
+    uint64_t waited;        /* nanoseconds for which it was seen waiting for a remote party; 0: not seen yet */
 };
 
 enum netchan__frame_type {
@@ -1764,6 +1835,10 @@ enum netchan__frame_type {
     NETCHAN__PING,
     NETCHAN__PONG,
     NETCHAN__BYE,
+    NETCHAN__ACK,
+    NETCHAN__RESUME,
+    NETCHAN__RESUMED,
+    NETCHAN__REFUSED,
     NETCHAN__OFFER = 0x10,
     NETCHAN__DEMAND,
     NETCHAN__WITHDRAW,
@@ -1779,7 +1854,8 @@ enum netchan__frame_type {
     NETCHAN__ACCEPT,
     NETCHAN__WITHDRAWN,
     NETCHAN__CREDIT,
-    NETCHAN__CLOSED
+    NETCHAN__CLOSED,
+    NETCHAN__RETURN
 };
 
 enum { NETCHAN__MULTI = 1, NETCHAN__TRY = 2, NETCHAN__FIRM = 4, NETCHAN__HERE = 8 }; /* OFFER and DEMAND */
@@ -1802,7 +1878,8 @@ struct netchan__peer {
     uint64_t (*emit)(netchan__peer *p, const netchan__frame *f);
     uint64_t number;     /* netchan_peer.id */
     uint8_t process[16]; /* breaks ties between operations */
-    uint64_t sent;       /* the position up to which the stream was given to the link */
+    uint64_t sent;       /* the position up to which the stream was given to a link: what is after it never left */
+    bool down;           /* the link is broken; the session waits for the next */
     netchan__map waiters; /* at home: the waiters of this process, by id */
     size_t max_ops;       /* how many there may be */
     size_t max_message, max_memory; /* our limits */
@@ -1815,10 +1892,12 @@ struct netchan__peer {
     netchan *send, *recv; /* at the dialling side: channels 0 and 1 */
     bool no_redelivery;
     netchan__peer *next_peer, *prev_peer; /* in netchan__net.peers */
-    bool leaving;         /* one side said farewell: no new matches with it */
+    bool leaving;         /* one side said farewell: nothing new begins with it */
     bool farewell;        /* it said farewell: what it has not accepted by then it never took */
-    bool has_all;         /* it answered our farewell: nothing that we sent was lost */
+    uint64_t taken, returned; /* values known to be taken by it; handed back, to be sent again */
+    size_t handed_back;   /* at home: values that were in its lane and go back to it */
     uint64_t unknown;     /* values whose fate only the peer knew, counted when it is lost */
+    netchan_stats *stats; /* of its link */
     uint64_t patience;    /* nanoseconds that it may take to answer a claim */
     const char *breach;   /* set: it broke the protocol, in these words, or cannot go on for lack of memory */
 };
@@ -1835,27 +1914,26 @@ static struct netchan__net_state {
     netchan *dirty;        /* channels that may have something to pair */
     netchan__lane *changed; /* lanes of merges that may have something to pair */
     netchan__peer *peers;
+    uint64_t last_peer;
+    uint64_t checked;      /* when claims were looked at last */
+    struct netchan__session *pending; /* sessions that have something new to send */
     uint8_t process[16];   /* random: who we are */
     void (*on_drained)(netchan__lane *lane); /* a lane of a merge is closed and empty */
     int wake_fd;           /* a byte written here ends the poll() of the I/O thread */
     bool wake;             /* to be done before the lock is given back */
-    bool breached;         /* a session is to be ended */
+    bool breached;         /* a session or a link is to be ended or replaced, or may be */
     bool polling;          /* that thread may be in poll() and was not woken yet */
 } netchan__net;
 
 static uint64_t netchan__op_count; /* atomic */
 
-static int netchan__state(const netchan__op *op) {
-    return __atomic_load_n(&op->state, __ATOMIC_ACQUIRE);
-}
+static int netchan__state(const netchan__op *op) { return __atomic_load_n(&op->state, __ATOMIC_ACQUIRE); }
 
 static bool netchan__change_state(netchan__op *op, int from, int to) {
     return __atomic_compare_exchange_n(&op->state, &from, to, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
 }
 
-static void netchan__set_state(netchan__op *op, int to) {
-    __atomic_store_n(&op->state, to, __ATOMIC_RELEASE);
-}
+static void netchan__set_state(netchan__op *op, int to) { __atomic_store_n(&op->state, to, __ATOMIC_RELEASE); }
 
 static void netchan__enqueue(netchan__queue *q, netchan__waiter *w, bool at_front) {
     NETCHAN_ASSERT(!w->queue);
@@ -1898,9 +1976,7 @@ static void netchan__breach(netchan__peer *p, const char *what) {
     netchan__net.breached = netchan__net.wake = true;
 }
 
-static bool netchan__is_net(netchan *ch) {
-    return __atomic_load_n(&ch->lock, __ATOMIC_ACQUIRE) == &netchan__net_lock;
-}
+static bool netchan__is_net(netchan *ch) { return __atomic_load_n(&ch->lock, __ATOMIC_ACQUIRE) == &netchan__net_lock; }
 
 /* Grows the ring so that one more value fits. Returns false when out of memory. */
 static bool netchan__lane_room(netchan__lane *lane) {
@@ -1922,6 +1998,7 @@ static void netchan__lane_push(netchan__lane *lane, netchan_value *v, size_t siz
     slot->value = *v;
     slot->size = size;
     slot->memory = memory + sizeof *slot;
+    slot->order = ++lane->entered;
     slot->redelivered = false;
     lane->memory += slot->memory;
     *v = netchan__nil_value;
@@ -1935,12 +2012,15 @@ static netchan__slot netchan__lane_pop(netchan__lane *lane) {
     return slot;
 }
 
-/* A value that was out comes back to where it was. */
+/* A value that was out comes back to where it was; others that were out before it may be back already. */
 static void netchan__lane_unpop(netchan__lane *lane, netchan__slot slot) {
-    lane->first = (lane->first - 1) & (lane->room - 1);
-    lane->slots[lane->first] = slot;
-    lane->count++;
+    size_t mask = lane->room - 1, at = lane->first = (lane->first - 1) & mask;
     lane->memory += slot.memory;
+    for (size_t i = lane->count++; i && lane->slots[(at + 1) & mask].order < slot.order; i--) {
+        lane->slots[at] = lane->slots[(at + 1) & mask];
+        at = (at + 1) & mask;
+    }
+    lane->slots[at] = slot;
 }
 
 static bool netchan__slot_free(const netchan__lane *lane) {
@@ -1987,6 +2067,10 @@ static void netchan__finish(netchan__op *op, netchan__waiter *w, int result) {
     op->index = w ? (int)w->index : -1;
     op->result = result;
     netchan__set_state(op, NETCHAN__DONE);
+    if (op->detached) {
+        w->ch->detached--;
+        w->ch->undelivered += result != NETCHAN_OK && result != NETCHAN_EUNKNOWN;
+    }
     if (op->net) {
         netchan__withdraw_others(op, w);
         if (w) netchan__dequeue(w);
@@ -2003,6 +2087,11 @@ static void netchan__wake_finished(void) {
     while (netchan__to_wake) {
         netchan__op *op = netchan__to_wake;
         netchan__to_wake = op->next_to_wake;
+        if (op->detached) {
+            netchan_clear(&op->waiters->value);
+            NETCHAN_FREE(op);
+            continue;
+        }
         pthread_mutex_lock(&op->mutex);
         op->finished = true;
         pthread_cond_signal(&op->cond);
@@ -2059,7 +2148,10 @@ static void netchan__finish_sender(netchan__waiter *s, int result, uint64_t take
         netchan__finish(s->op, s, result);
         return;
     }
-    if (!s->lost) netchan__emit_entry(s, NETCHAN__ACCEPT, 0, (uint64_t)-result);
+    if (!s->lost) {
+        s->peer->stats->values_received += result == NETCHAN_OK;
+        netchan__emit_entry(s, NETCHAN__ACCEPT, 0, (uint64_t)-result);
+    }
     netchan__forget(s);
 }
 
@@ -2071,7 +2163,7 @@ static uint64_t netchan__sender_number(const netchan__lane *lane, const netchan_
  * into half of max_memory, even if every value swells as much as one can. */
 static void netchan__lend(netchan__lane *lane) {
     netchan__peer *p = lane->peer;
-    if (!p || lane->closing || !lane->cap || lane->senders.head) return;
+    if (!p || p->leaving || lane->closing || !lane->cap || lane->senders.head) return;
     size_t used = lane->count + lane->out + lane->reserved, free_slots = used < lane->cap ? lane->cap - used : 0;
     size_t worst = NETCHAN__FRAGMENT * (size_t)NETCHAN__SWELL, most = p->max_memory / 2 / worst + 1;
     size_t room = lane->memory < p->max_memory / 2 ? (p->max_memory / 2 - lane->memory) / worst : 0;
@@ -2085,8 +2177,40 @@ static void netchan__lend(netchan__lane *lane) {
     lane->left = 0;
 }
 
+/* Tells the peer of the lane how many of its values have left the buffer. */
+static void netchan__tell_left(netchan__lane *lane) {
+    if (lane->peer && lane->left) netchan__emit_ids(lane->peer, NETCHAN__CREDIT, 0, 0, 0, 0, lane->left);
+    lane->left = 0;
+}
+
+/* Gives the values in the buffer back to the process that sent them, after it was told how many have left it. Who has
+ * said farewell takes nothing; and what is out may come back, and goes first. */
+static void netchan__hand_back(netchan__lane *lane) {
+    netchan__peer *p = lane->peer;
+    if (!p || p->farewell || lane->out) return;
+    netchan__tell_left(lane);
+    while (lane->count) {
+        netchan__slot slot = netchan__lane_pop(lane);
+        uint8_t *bytes = (uint8_t *)NETCHAN_MALLOC(slot.size);
+        if (bytes) netchan__write_value(bytes + slot.size, &slot.value);
+        else netchan__breach(p, "out of memory for a value that goes back to it");
+        for (size_t done = 0; bytes && done < slot.size;) {
+            netchan__frame f = netchan__new_frame(NETCHAN__RETURN);
+            f.size = slot.size;
+            f.count = slot.size - done < NETCHAN__FRAGMENT ? slot.size - done : (size_t)NETCHAN__FRAGMENT;
+            f.bytes = bytes + done;
+            p->emit(p, &f);
+            done += f.count;
+        }
+        NETCHAN_FREE(bytes);
+        netchan_clear(&slot.value);
+        p->handed_back++;
+    }
+}
+
 /* Something left the lane's buffer or its queue: who waits may come in, the peer may send more. */
 static void netchan__lane_changed(netchan__lane *lane) {
+    if (lane->returning) netchan__hand_back(lane);
     netchan__lend(lane);
     netchan__update_ready(lane);
     if (!netchan__is_net(lane->ch)) return;
@@ -2117,7 +2241,7 @@ static void netchan__pass(netchan__lane *lane, netchan__waiter *s, netchan__wait
         return;
     }
     uint64_t from = netchan__sender_number(lane, s);
-    netchan__slot slot = {netchan__nil_value, 0, 0, false};
+    netchan__slot slot = {netchan__nil_value, 0, 0, 0, false};
     if (s) {
         netchan__dequeue(s);
         slot.value = s->value;
@@ -2163,9 +2287,12 @@ static void netchan__bring_together(netchan__lane *lane, netchan__waiter *s, net
     else netchan__begin_match(lane, s, r);
 }
 
-/* May a large value of this remote sender be asked for? Its peer's other large values may have to be taken first. */
-static bool netchan__has_room(const netchan__waiter *s) {
-    if (s->op || s->here || s->size <= NETCHAN__FRAGMENT) return true;
+/* May this sender be asked for its value? Not while its link is down; and its peer's other large values may have to be
+ * taken first. */
+static bool netchan__can_ask(const netchan__waiter *s) {
+    if (s->op || s->here) return true;
+    if (s->peer->down) return false;
+    if (s->size <= NETCHAN__FRAGMENT) return true;
     size_t held = s->peer->reserved + s->lane->memory;
     return held == 0 || held + s->size <= s->peer->max_memory / 2;
 }
@@ -2176,7 +2303,7 @@ static bool netchan__fill(netchan__lane *lane) {
     bool moved = false;
     for (; netchan__slot_free(lane) && !lane->closing; moved = true) {
         netchan__waiter *s = lane->senders.head;
-        while (s && !netchan__has_room(s)) s = s->next;
+        while (s && !netchan__can_ask(s)) s = s->next;
         if (!s) break;
         if (netchan__is_stale(s)) netchan__dequeue(s);
         else if (netchan__lane_room(lane)) netchan__bring_together(lane, s, NULL);
@@ -2218,13 +2345,11 @@ static bool netchan__serve(netchan *ch) {
         netchan__waiter *next;
         for (netchan__waiter *r = ch->receivers.head; r; r = next) {
             next = r->next;
-            if (netchan__is_stale(r)) {
-                netchan__dequeue(r);
-                continue;
-            }
+            if (netchan__is_stale(r)) netchan__dequeue(r);
+            if (!r->queue || (!r->op && r->peer->down)) continue; /* others may wait, or come */
             netchan__waiter *s = lane->cap ? NULL : lane->senders.head;
             for (; s; s = s->next) {
-                if (netchan__is_stale(s) || netchan__same_op(s, r) || !netchan__has_room(s)) continue;
+                if (netchan__is_stale(s) || netchan__same_op(s, r) || !netchan__can_ask(s)) continue;
                 if (!netchan__is_too_big(r, s->size)) break;
                 if (!netchan__fits_nobody(ch, s->size) ||
                     (s->op && !netchan__change_state(s->op, NETCHAN__OPEN, NETCHAN__ENGAGED)))
@@ -2312,26 +2437,25 @@ static void netchan__lane_clear(netchan__lane *lane) {
  *
  * Invariants (checked on a model with cycles of selects, timeouts and lost sessions):
  *   P1  An engaged operation queues further claims and answers them when it is released or over; it never refuses for
- * being busy. P2  A match with a claim outstanding to a living party is never abandoned; a withdrawal or loss is
- * remembered until the answer. P3  A value that left on a claim stays at home until the answer: a DECLINE carries none.
+ *       being busy.
+ *   P2  A match with a claim outstanding to a living party is never abandoned; a withdrawal or loss is remembered
+ *       until the answer.
+ *   P3  A value that left on a claim stays at home until the answer: a DECLINE carries none.
  *   P4  A sender's OK follows a receiver's commit: a final GRANT, or TAKEN.
- *   P5  On release an operation looks first at its time, its closed and its lost cases, then at its queued claims.
+ *   P5  On release an operation looks first at its time, its closed, lost and starved cases, then at its queued claims.
  *
  * What falls through or is released is queued in netchan__net and worked off by netchan__settle(), so that nothing here
- * recurses.
+ * recurses. A broken link changes nothing of this: answers come over the next. Only tries, and pairs that others could
+ * make, do not begin.
  * ================================================================================================================== */
 
 enum netchan__lock_answer { NETCHAN__LOCKED, NETCHAN__ASKED, NETCHAN__GONE };
 
-static unsigned netchan__flag(bool on, unsigned flag) {
-    return on ? flag : 0;
-}
+static unsigned netchan__flag(bool on, unsigned flag) { return on ? flag : 0; }
 
 static void netchan__progress(netchan__match *m);
 
-static bool netchan__claimable(const netchan__waiter *w) {
-    return w && (w->op ? w->multi : !(w->is_send && w->here));
-}
+static bool netchan__claimable(const netchan__waiter *w) { return w && (w->op ? w->multi : !(w->is_send && w->here)); }
 
 static bool netchan__precedes(const netchan__waiter *a, const netchan__waiter *b) {
     int order = memcmp(netchan__process_of(a), netchan__process_of(b), sizeof netchan__net.process);
@@ -2348,9 +2472,10 @@ static netchan_value *netchan__match_value(netchan__match *m) {
 }
 
 static void netchan__unlink_match(netchan__match *m) {
-    if (m->prev) m->prev->next = m->next;
-    else m->ch->matches = m->next;
-    if (m->next) m->next->prev = m->prev;
+    const netchan__peer *taker = m->receiver && !m->receiver->op ? m->receiver->peer : NULL;
+    if ((m->lane->peer && m->lane->peer->farewell) || (taker && taker->farewell))
+        netchan__net.breached = netchan__net.wake = true; /* its farewell may be answered now */
+    NETCHAN__UNLINK(m->ch->matches, m, prev, next);
     netchan__map_remove(&netchan__net.matches, m->id);
     m->lane->matching--;
     if (m->sender) m->sender->match = NULL;
@@ -2375,6 +2500,7 @@ static void netchan__give_up(netchan__waiter *w) {
         netchan__breach(w->peer, "out of memory for one of its operations");
         netchan__forget(w);
     } else if (netchan__change_state(w->op, NETCHAN__OPEN, NETCHAN__ENGAGED)) netchan__finish(w->op, w, NETCHAN_ENOMEM);
+    else w->starved = true; /* see P5 */
 }
 
 static netchan__match *netchan__make_match(netchan__lane *lane, netchan__waiter *s, netchan__waiter *r) {
@@ -2388,9 +2514,7 @@ static netchan__match *netchan__make_match(netchan__lane *lane, netchan__waiter 
     m->lane = lane;
     m->sender = s;
     m->receiver = r;
-    m->next = m->ch->matches;
-    if (m->next) m->next->prev = m;
-    m->ch->matches = m;
+    NETCHAN__LINK(m->ch->matches, m, prev, next);
     lane->matching++;
     return m;
 }
@@ -2412,6 +2536,7 @@ static void netchan__begin_match(netchan__lane *lane, netchan__waiter *s, netcha
         m->value = slot.value;
         m->size = slot.size;
         m->memory = slot.memory;
+        m->order = slot.order;
         m->redelivered = slot.redelivered;
         lane->out++;
         m->pinned = !r->firm;
@@ -2487,6 +2612,8 @@ static enum netchan__lock_answer netchan__lock_party(netchan__match *m, int step
     return NETCHAN__ASKED;
 }
 
+static void netchan__end_waiters(netchan__queue *q);
+
 /* Puts a waiter that was in a match back where it waited, unless it has a reason to go. */
 static void netchan__wait_again(netchan__waiter *w) {
     w->match = NULL;
@@ -2499,23 +2626,19 @@ static void netchan__wait_again(netchan__waiter *w) {
         netchan__enqueue(netchan__queue_of(w), w, true);
         if (w->lane) netchan__update_ready(w->lane);
         if (w->is_send && w->lane->closing) netchan__turn_away(w->lane);
+        else if (!w->is_send && w->ch->closed) netchan__end_waiters(&w->ch->receivers); /* its link was hung up */
     }
 }
 
 /* The operation will be open again, once netchan__settle() has looked at P5. */
 static void netchan__release(netchan__op *op) {
     op->is_released = true;
-    op->prev_released = NULL;
-    op->next_released = netchan__net.released;
-    if (op->next_released) op->next_released->prev_released = op;
-    netchan__net.released = op;
+    NETCHAN__LINK(netchan__net.released, op, prev_released, next_released);
 }
 
 static void netchan__unlist_released(netchan__op *op) {
     op->is_released = false;
-    if (op->prev_released) op->prev_released->next_released = op->next_released;
-    else netchan__net.released = op->next_released;
-    if (op->next_released) op->next_released->prev_released = op->prev_released;
+    NETCHAN__UNLINK(netchan__net.released, op, prev_released, next_released);
 }
 
 /* Undoes a lock, or a wish for one. */
@@ -2543,7 +2666,7 @@ static void netchan__settle_buffer(netchan__match *m, bool value_back, bool rede
         lane->left++;
         return;
     }
-    netchan__slot slot = {m->value, m->size, m->memory, m->redelivered || redelivered};
+    netchan__slot slot = {m->value, m->size, m->memory, m->order, m->redelivered || redelivered};
     m->value = netchan__nil_value;
     netchan__lane_unpop(lane, slot);
 }
@@ -2563,6 +2686,10 @@ static void netchan__end_match(netchan__match *m, int result, uint64_t taker) {
     netchan__waiter *s = m->sender, *r = m->receiver;
     netchan__unlink_match(m);
     netchan__settle_buffer(m, false, false);
+    if (r && !r->op && result == NETCHAN_OK) {
+        r->peer->taken++;
+        r->peer->stats->values_sent++;
+    }
     if (r && !r->op) netchan__forget(r);
     if (s) netchan__finish_sender(s, result, taker);
     netchan__free_match(m);
@@ -2636,6 +2763,7 @@ static void netchan__withdraw_others(netchan__op *op, const netchan__waiter *w) 
         netchan__waiter *other = &op->waiters[i];
         if (other == w || !other->ch) continue;
         netchan__dequeue(other);
+        if (other->is_send && other->ch->is_end) netchan__mark_dirty(other->ch); /* for who waited behind it */
         if (other->lane) netchan__update_ready(other->lane);
         netchan__match *m = other->match;
         if (m) { /* it waits for this lock, or will be asked for it */
@@ -2656,6 +2784,12 @@ static void netchan__withdraw_others(netchan__op *op, const netchan__waiter *w) 
     if (op->is_released) netchan__unlist_released(op);
 }
 
+/* A receive at an end gets a value of its home. */
+static void netchan__receive_from(netchan__peer *p, netchan__waiter *w, netchan_value *v) {
+    p->stats->values_received++;
+    netchan__finish_receive(w, v, p->number, w->claim_redelivered);
+}
+
 /* The operation of w is open: it grants the remote claim on w. */
 static void netchan__grant(netchan__waiter *w) {
     netchan__op *op = w->op;
@@ -2673,7 +2807,7 @@ static void netchan__grant(netchan__waiter *w) {
     netchan__set_state(op, w->claim_final ? NETCHAN__COMMITTED : NETCHAN__ENGAGED);
     w->position = p->emit(p, &f);
     if (w->claim_final) netchan__withdraw_others(op, w);
-    if (takes) netchan__finish_receive(w, &w->claim_value, p->number, w->claim_redelivered);
+    if (takes) netchan__receive_from(p, w, &w->claim_value);
 }
 
 static netchan__waiter *netchan__waiter_of(netchan__peer *p, uint64_t id) {
@@ -2737,7 +2871,7 @@ static void netchan__on_commit(netchan__peer *p, netchan__frame *f) {
     w->claim_redelivered = f->flags & NETCHAN__REDELIVERED;
     if (f->has_value) {
         netchan__emit_ids(p, NETCHAN__TAKEN, 0, 0, f->match, 0, 0);
-        netchan__finish_receive(w, &f->value, p->number, w->claim_redelivered);
+        netchan__receive_from(p, w, &f->value);
     } else if (!w->announced) netchan__announce(p, f->size, &w->announced);
     else if (w->announced != f->size) netchan__breach(p, "it changed the size of a value");
 }
@@ -2771,7 +2905,7 @@ static void netchan__on_fragment_for_receiver(netchan__peer *p, netchan__frame *
     size_t memory;
     if (!netchan__gather(p, &w->incoming, w->announced, f, &v, &memory)) return;
     netchan__emit_ids(p, NETCHAN__TAKEN, 0, 0, w->claim, 0, 0);
-    netchan__finish_receive(w, &v, p->number, w->claim_redelivered);
+    netchan__receive_from(p, w, &v);
 }
 
 static void netchan__on_release(netchan__peer *p, netchan__frame *f) {
@@ -2782,6 +2916,15 @@ static void netchan__on_release(netchan__peer *p, netchan__frame *f) {
     }
     w->claim = 0;
     netchan__release(w->op);
+}
+
+static void netchan__register_all(netchan *ch);
+
+/* The value of w is in the home's buffer, or on its way. */
+static void netchan__entered(netchan *ch, const netchan__waiter *w) {
+    ch->in_flight++;
+    if (w->size > ch->largest) ch->largest = w->size;
+    if (w->memory > ch->largest_memory) ch->largest_memory = w->memory;
 }
 
 static void netchan__on_accept(netchan__peer *p, netchan__frame *f) {
@@ -2796,8 +2939,15 @@ static void netchan__on_accept(netchan__peer *p, netchan__frame *f) {
     netchan__dequeue(w);
     netchan__set_state(w->op, NETCHAN__COMMITTED);
     w->op->peer = p->number;
-    if (w->ch->lane.cap && f->number == 0) w->ch->in_flight++;
+    if (f->number == 0) {
+        p->stats->values_sent++;
+        if (w->ch->lane.cap) netchan__entered(w->ch, w);
+        else p->taken++;
+    }
+    netchan *ch = w->ch;
+    bool detached = w->op->detached;
     netchan__finish(w->op, w, -(int)f->number);
+    if (detached) netchan__register_all(ch); /* who waited for it */
 }
 
 /* One of the tries of an operation is over without success. */
@@ -2816,33 +2966,25 @@ static void netchan__on_withdrawn(netchan__peer *p, netchan__frame *f) {
 
 /* ---- Ends: where this process waits for what has its home elsewhere. ---- */
 
-static void netchan__flush_backlog(netchan *ch) {
-    while (ch->backlog_count && ch->credit && ch->home) {
-        netchan__reader r = {ch->backlog.data + ch->backlog.start, ch->backlog.data + ch->backlog.end, false};
-        netchan__frame f = netchan__new_frame(NETCHAN__DATA);
-        f.channel = ch->channel;
-        f.count = (size_t)netchan__read_varint(&r);
-        f.bytes = r.p;
-        if (ch->home->emit(ch->home, &f) == UINT64_MAX) return;
-        netchan__buf_consume(&ch->backlog, (size_t)(r.p - (ch->backlog.data + ch->backlog.start)) + f.count);
-        ch->backlog_count--;
-        ch->credit--;
-        ch->in_flight++;
-    }
-}
-
 static void netchan__register(netchan__waiter *w);
+
+/* The first sender that waits for credit. None passes a value that came back and is being negotiated: it was sent
+ * before. */
+static netchan__waiter *netchan__next_sender(const netchan *ch) {
+    netchan__waiter *s = ch->lane.senders.head;
+    while (s && (netchan__state(s->op) != NETCHAN__OPEN || s->id)) s = s->op->detached ? NULL : s->next;
+    return s;
+}
 
 /* Sends within credit, of which an offer of a large value costs as much; then the close, once all before it is on its
  * way. */
 static void netchan__pair_end(netchan *ch) {
-    netchan__flush_backlog(ch);
-    while (ch->home && ch->credit && !ch->backlog_count) {
-        netchan__waiter *s = ch->lane.senders.head;
-        while (s && (netchan__state(s->op) != NETCHAN__OPEN || s->id)) s = s->next;
-        if (!s) break;
-        if (s->size > NETCHAN__FRAGMENT || s->size > ch->home->their_message) {
+    netchan__peer *p = ch->home;
+    if (!p || p->leaving) return;
+    for (netchan__waiter *s; ch->credit && (s = netchan__next_sender(ch));) {
+        if (s->size > NETCHAN__FRAGMENT || s->size > p->their_message) {
             netchan__register(s);
+            if (s->queue && !s->id) break; /* not now */
             continue;
         }
         netchan__frame f = netchan__new_frame(NETCHAN__DATA);
@@ -2850,38 +2992,38 @@ static void netchan__pair_end(netchan *ch) {
         f.has_value = true;
         f.value = s->value;
         f.size = s->size;
-        if (ch->home->emit(ch->home, &f) == UINT64_MAX)
-            return; /* the session is broken; the value waits for the next */
+        if (p->emit(p, &f) == UINT64_MAX) return; /* the session is broken; the value waits for the next */
         ch->credit--;
-        ch->in_flight++;
+        netchan__entered(ch, s);
+        p->stats->values_sent++;
         netchan__dequeue(s);
         netchan__change_state(s->op, NETCHAN__OPEN, NETCHAN__ENGAGED);
-        s->op->peer = ch->home->number;
+        s->op->peer = p->number;
         netchan__finish(s->op, s, NETCHAN_OK);
     }
-    if (!ch->home || !ch->may_send || !ch->closing || ch->close_sent || ch->backlog_count) return;
-    netchan__emit_ids(ch->home, NETCHAN__CLOSE, ch->channel, 0, 0, 0, 0);
+    if (!ch->may_send || !ch->closing || ch->close_sent || ch->detached) return;
+    netchan__emit_ids(p, NETCHAN__CLOSE, ch->channel, 0, 0, 0, 0);
     ch->close_sent = true;
 }
 
 /* How many bytes of values a peer may have in offers, even if they swell. */
-static size_t netchan__offer_limit(size_t max_memory) {
-    return max_memory / 4 / NETCHAN__SWELL;
-}
+static size_t netchan__offer_limit(size_t max_memory) { return max_memory / 4 / NETCHAN__SWELL; }
 
 /* Tells the home that w waits. What is sent into a buffer waits here for credit. */
 static void netchan__register(netchan__waiter *w) {
     netchan__peer *p = w->ch->home;
-    if (!p || w->id || (w->is_send ? w->ch->closing : w->ch->closed)) return; /* closed: see P5 */
+    bool detached = w->op->detached;
+    if (!p || p->down || p->leaving || w->id) return;
+    if (w->is_send ? w->ch->closing && !detached : w->ch->closed) return; /* see P5 */
     bool large = w->size > NETCHAN__FRAGMENT;
-    bool too_big = w->is_send && w->size > p->their_message;
-    if (w->is_send && w->ch->lane.cap && !too_big && (!large || !w->ch->credit || w->ch->backlog_count)) return;
-    if (too_big) {
+    if (w->is_send && w->size > p->their_message) {
         if (!netchan__change_state(w->op, NETCHAN__OPEN, NETCHAN__ENGAGED)) return;
         netchan__dequeue(w);
         netchan__finish(w->op, w, NETCHAN_ETOOBIG);
         return;
     }
+    if (w->is_send && w->ch->lane.cap && (!large || !w->ch->credit)) return;
+    if (w->is_send && w->ch->detached && (!detached || netchan__next_sender(w->ch) != w)) return; /* those first */
     uint64_t id = ++netchan__net.last_id;
     if (!netchan__map_put(&netchan__net.waiters, id, w)) {
         netchan__give_up(w);
@@ -2917,6 +3059,7 @@ static void netchan__on_credit(netchan__peer *p, netchan__frame *f) {
     }
     ch->credit += (size_t)f->number;
     ch->in_flight -= (size_t)f->size;
+    p->taken += f->size;
     netchan__mark_dirty(ch);
 }
 
@@ -2924,7 +3067,7 @@ static void netchan__on_credit(netchan__peer *p, netchan__frame *f) {
  * learn its fate from there. */
 static void netchan__end_waiters(netchan__queue *q) {
     for (netchan__waiter *w = q->head; w;) {
-        if (!w->op || w->here || !netchan__change_state(w->op, NETCHAN__OPEN, NETCHAN__ENGAGED)) {
+        if (!w->op || w->here || w->op->detached || !netchan__change_state(w->op, NETCHAN__OPEN, NETCHAN__ENGAGED)) {
             w = w->next;
             continue;
         }
@@ -2942,6 +3085,73 @@ static void netchan__on_closed(netchan__peer *p, netchan__frame *f) {
     }
     ch->closing = ch->closed = true;
     netchan__end_waiters(&ch->receivers);
+}
+
+/* A send without a caller, of a value that was sent with OK and comes back. */
+typedef struct netchan__detached {
+    netchan__op op; /* first */
+    netchan__waiter waiter;
+} netchan__detached;
+
+/* Makes one; the value is moved. Returns NULL when out of memory: the value is lost. */
+static netchan__waiter *netchan__detach(netchan *ch, netchan_value *v, size_t size, size_t memory) {
+    netchan__detached *d = (netchan__detached *)netchan__alloc(sizeof *d);
+    if (!d) {
+        ch->undelivered++;
+        netchan_clear(v);
+        return NULL;
+    }
+    d->op.net = d->op.detached = true;
+    d->op.count = 1;
+    d->op.id = __atomic_add_fetch(&netchan__op_count, 1, __ATOMIC_RELAXED);
+    d->op.waiters = &d->waiter;
+    d->waiter.op = &d->op;
+    d->waiter.op_id = d->op.id;
+    d->waiter.ch = ch;
+    d->waiter.is_send = d->waiter.firm = true;
+    d->waiter.value = *v;
+    d->waiter.size = size;
+    d->waiter.memory = memory;
+    *v = netchan__nil_value;
+    ch->detached++;
+    return &d->waiter;
+}
+
+/* Those in q become the first senders, in their order. */
+static void netchan__requeue(netchan *ch, netchan__queue *q) {
+    for (netchan__waiter *w; (w = q->tail);) {
+        netchan__dequeue(w);
+        netchan__enqueue(&ch->lane.senders, w, true);
+    }
+}
+
+/* The home hangs up: a value that was in its buffer comes back, in one or several frames. */
+static void netchan__on_return(netchan__peer *p, netchan__frame *f) {
+    netchan *ch = p->send;
+    size_t have = netchan__buf_size(&ch->returning), memory;
+    bool fits = f->size <= ch->largest && f->count <= f->size && have <= f->size - f->count;
+    netchan_value v = netchan__nil_value;
+    if (f->channel != ch->channel || !ch->in_flight || !fits) {
+        netchan__breach(p, "it returned what was not sent");
+        return;
+    }
+    if (!netchan__buf_append(&ch->returning, f->bytes, f->count)) {
+        netchan__breach(p, "out of memory for a value that comes back");
+        return;
+    }
+    if (have + f->count < f->size) return;
+    const uint8_t *bytes = ch->returning.data + ch->returning.start;
+    int result = netchan__decode(&v, bytes, (size_t)f->size, 2 * ch->largest_memory + 256, &memory);
+    netchan__buf_free(&ch->returning);
+    if (result != NETCHAN_OK) {
+        netchan__breach(p, "it returned a value that cannot be decoded");
+        return;
+    }
+    ch->in_flight--;
+    p->returned++;
+    p->stats->values_sent--;
+    netchan__waiter *w = netchan__detach(ch, &v, (size_t)f->size, memory);
+    if (w) netchan__enqueue(&ch->returned, w, false);
 }
 
 /* ---- The home: entries of remote operations, and what they answer. ---- */
@@ -3037,7 +3247,7 @@ static netchan__match *netchan__answered(netchan__peer *p, uint64_t id, int step
 }
 
 static void netchan__locked(netchan__match *m) {
-    m->asked_at = 0;
+    m->waited = 0;
     m->step++;
     netchan__progress(m);
 }
@@ -3064,7 +3274,7 @@ static void netchan__on_fragment_of_sender(netchan__peer *p, netchan__frame *f) 
         netchan__breach(p, "it sent a fragment of nothing");
         return;
     }
-    if (f->count == NETCHAN__FRAGMENT) m->asked_at = 0; /* it goes on */
+    if (f->count == NETCHAN__FRAGMENT) m->waited = 0; /* it goes on */
     if (netchan__gather(p, &m->incoming, m->announced, f, &m->value, &m->memory)) netchan__locked(m);
 }
 
@@ -3091,6 +3301,7 @@ static void netchan__on_data(netchan__peer *p, netchan__frame *f) {
         return;
     }
     lane->lent--;
+    p->stats->values_received++;
     netchan__lane_push(lane, &f->value, (size_t)f->size, f->memory);
     netchan__lane_changed(lane);
 }
@@ -3099,12 +3310,11 @@ static void netchan__on_data(netchan__peer *p, netchan__frame *f) {
 static void netchan__retire_lane(netchan__lane *lane) {
     netchan *ch = lane->ch;
     if (lane->count || lane->matching || lane->senders.head) return;
+    netchan__tell_left(lane);
     if (lane->peer) lane->peer->lane = NULL;
     if (netchan__net.on_drained) netchan__net.on_drained(lane);
     if (lane->is_ready) netchan__update_ready(lane);
-    if (lane->prev) lane->prev->next = lane->next;
-    else ch->lanes = lane->next;
-    if (lane->next) lane->next->prev = lane->prev;
+    NETCHAN__UNLINK(ch->lanes, lane, prev, next);
     netchan__lane_clear(lane);
     NETCHAN_FREE(lane);
 }
@@ -3148,6 +3358,7 @@ static void netchan__handle(netchan__peer *p, netchan__frame *f) {
     case NETCHAN__WITHDRAWN: netchan__on_withdrawn(p, f); break;
     case NETCHAN__CREDIT: netchan__on_credit(p, f); break;
     case NETCHAN__CLOSED: netchan__on_closed(p, f); break;
+    case NETCHAN__RETURN: netchan__on_return(p, f); break;
     default: break;
     }
 }
@@ -3170,10 +3381,10 @@ static void netchan__reopen(netchan__op *op) {
     for (size_t i = 0; i < op->count; i++) {
         netchan__waiter *w = &op->waiters[i];
         if (!w->ch || w->match || w->claim) continue; /* what is being negotiated is finished first */
-        bool closed = w->is_send ? (w->lane ? w->lane->closing : w->ch->closing) : w->ch->closed;
-        if (!closed && !w->lost) continue;
+        bool closed = w->is_send ? (w->lane ? w->lane->closing : w->ch->closing && !op->detached) : w->ch->closed;
+        if (!closed && !w->lost && !w->starved) continue;
         if (w->peer) netchan__emit_entry(w, NETCHAN__WITHDRAW, 0, 0); /* it may be registered with the next home */
-        netchan__finish(op, w, closed ? NETCHAN_ECLOSED : NETCHAN_ELOST);
+        netchan__finish(op, w, closed ? NETCHAN_ECLOSED : w->lost ? NETCHAN_ELOST : NETCHAN_ENOMEM);
         return;
     }
     netchan__set_state(op, NETCHAN__OPEN);
@@ -3201,13 +3412,18 @@ static void netchan__reopen(netchan__op *op) {
 /* Who does not answer a claim holds up whoever waits on the other side of the match: after its patience that is a
  * breach. */
 static void netchan__check_claims(uint64_t now) {
+    uint64_t gap = now - netchan__net.checked;
+    netchan__net.checked = now;
     for (size_t i = 0; i < netchan__net.matches.cap; i++) {
         if (!netchan__net.matches.slots[i].key) continue;
         netchan__match *m = (netchan__match *)netchan__net.matches.slots[i].item;
         netchan__waiter *asked = m->step == 3 ? m->receiver : netchan__party(m, m->step);
         if (!asked || asked->op || !asked->peer || asked->lost) continue;
-        if (!m->asked_at) m->asked_at = now;
-        else if (now - m->asked_at > asked->peer->patience) netchan__breach(asked->peer, "it does not answer");
+        uint64_t patience = asked->peer->patience;
+        if (asked->peer->down) continue; /* that time neither counts nor is forgiven */
+        if (!m->waited) m->waited = 1;
+        else m->waited += gap < patience / 4 ? gap : patience / 4; /* this process may have been stopped */
+        if (m->waited > patience) netchan__breach(asked->peer, "it does not answer");
     }
 }
 
@@ -3241,11 +3457,8 @@ static void netchan__settle(void) {
 
 /* ---- A session begins and ends. ---- */
 
-/* The dialling side has a session: everything that waits on its ends is told to the home. */
-static void netchan__end_up(netchan__peer *p, netchan *ch) {
-    ch->home = p;
-    ch->credit = ch->in_flight = 0;
-    ch->close_sent = false;
+/* Tells the home of everything that waits at an end and that it does not know. */
+static void netchan__register_all(netchan *ch) {
     netchan__queue *queues[2] = {&ch->lane.senders, &ch->receivers};
     netchan__pair_end(ch);
     for (int i = 0; i < 2; i++) {
@@ -3256,6 +3469,43 @@ static void netchan__end_up(netchan__peer *p, netchan *ch) {
             if (!w->queue) next = queues[i]->head; /* its operation is over, and perhaps that was of the next as well */
         }
     }
+}
+
+/* The dialling side has a session. */
+static void netchan__end_up(netchan__peer *p, netchan *ch) {
+    ch->home = p;
+    ch->credit = ch->in_flight = 0;
+    ch->close_sent = false;
+    netchan__register_all(ch);
+}
+
+/* The first try that this peer has not answered, and whose value it has not got: a home can take nothing from it
+ * without a claim. */
+static netchan__waiter *netchan__open_try(netchan__queue *q, netchan__peer *p) {
+    netchan__waiter *w = q->head;
+    while (w && !(w->is_try && w->peer == p && !w->here && !w->claim)) w = w->next;
+    return w;
+}
+
+/* The link is broken. Tries do not wait for the next. */
+static void netchan__peer_down(netchan__peer *p) {
+    p->down = true;
+    if (!p->send) return;
+    netchan__queue *queues[2] = {&p->send->lane.senders, &p->recv->receivers};
+    for (int i = 0; i < 2; i++)
+        for (netchan__waiter *w; (w = netchan__open_try(queues[i], p));) {
+            netchan__emit_entry(w, NETCHAN__WITHDRAW, 0, 0);
+            netchan__try_failed(w);
+        }
+}
+
+/* A new link carries on: what had to wait for it goes on. */
+static void netchan__peer_up(netchan__peer *p) {
+    p->down = false;
+    if (p->send) netchan__register_all(p->send);
+    if (p->recv) netchan__register_all(p->recv);
+    if (p->work) netchan__mark_dirty(p->work);
+    if (p->lane) netchan__lane_changed(p->lane);
 }
 
 /* One local waiter at an end whose home is gone. Truthful: what never left may go again, what may have been taken is
@@ -3292,18 +3542,20 @@ static void netchan__waiter_lost(netchan__waiter *w, uint64_t sent) {
             netchan__dequeue(w);
             netchan__finish(op, w, NETCHAN_ELOST);
         } else w->lost = true; /* it is engaged with another home; see P5 */
-    } else if (w->is_send && w->ch->closing && netchan__change_state(op, NETCHAN__OPEN, NETCHAN__ENGAGED)) {
+    } else if (w->is_send && w->ch->closing && !op->detached &&
+               netchan__change_state(op, NETCHAN__OPEN, NETCHAN__ENGAGED)) {
         netchan__dequeue(w); /* its value was at home when the channel was closed, and did not leave */
         netchan__finish(op, w, NETCHAN_ECLOSED);
     } /* else it waits for the next session */
 }
 
-/* The dialling side has lost its session. The values that were sent within credit and never left are in the backlog
- * again: unsent of them. */
-static void netchan__end_lost(netchan *ch, netchan__peer *p, size_t unsent) {
-    if (!p->has_all) p->unknown += ch->in_flight - unsent;
+/* The dialling side has lost its session. unsent: values that were sent within credit and never left, in their order.
+ * They and those that the home has handed back are to be sent again, before all others. */
+static void netchan__end_lost(netchan *ch, netchan__peer *p, netchan__queue *unsent) {
+    p->unknown += ch->in_flight;
     ch->home = NULL;
     ch->credit = ch->in_flight = 0;
+    netchan__buf_free(&ch->returning);
     netchan__queue *queues[2] = {&ch->lane.senders, &ch->receivers};
     for (int i = 0; i < 2; i++) {
         for (bool again = true; again;) {
@@ -3315,6 +3567,8 @@ static void netchan__end_lost(netchan *ch, netchan__peer *p, size_t unsent) {
                 }
         }
     }
+    netchan__requeue(ch, unsent);
+    netchan__requeue(ch, &ch->returned);
 }
 
 /* The fate of a match one of whose parties is gone (P2). */
@@ -3324,6 +3578,7 @@ static void netchan__match_lost(netchan__match *m, netchan__peer *p) {
     bool shipped = asked == m->receiver && (m->step == 3 || m->carried) && m->position <= p->sent;
     if (!shipped) { /* it has not got the value: as if it had declined */
         bool both = m->step == 3;
+        p->returned += m->from_buffer && (both || m->carried);
         if (both) m->step = m->receiver_first ? 0 : 1;
         netchan__fall_through(m, both || m->step == 1);
         return;
@@ -3372,9 +3627,7 @@ static void netchan__home_lost(netchan__peer *p) {
  * up.
  * ================================================================================================================== */
 
-static pthread_mutex_t *netchan__lock_of(netchan *ch) {
-    return __atomic_load_n(&ch->lock, __ATOMIC_ACQUIRE);
-}
+static pthread_mutex_t *netchan__lock_of(netchan *ch) { return __atomic_load_n(&ch->lock, __ATOMIC_ACQUIRE); }
 
 static void netchan__give_back(pthread_mutex_t *lock) {
     if (lock == &netchan__net_lock) {
@@ -3778,7 +4031,6 @@ NETCHANDEF void netchan_free(netchan *ch) {
         to_free = ch->next_dirty;
         NETCHAN_ASSERT(!ch->receivers.head && !ch->lane.senders.head && !ch->matches);
         netchan__lane_clear(&ch->lane);
-        netchan__buf_free(&ch->backlog);
         pthread_mutex_destroy(&ch->own);
         NETCHAN_FREE(ch);
     }
@@ -3808,7 +4060,7 @@ NETCHANDEF size_t netchan_len(netchan *ch) {
     if (!ch) return 0;
     pthread_mutex_t *lock = netchan__lock_channel(ch);
     size_t n = 0;
-    if (ch->is_end) n = ch->in_flight + ch->backlog_count;
+    if (ch->is_end) n = ch->in_flight + ch->detached;
     for (netchan__lane *lane = ch->is_end ? NULL : ch->lanes; lane; lane = lane->next) n += lane->count + lane->out;
     netchan__unlock_one(lock);
     return n;
@@ -3824,17 +4076,35 @@ NETCHANDEF size_t netchan_cap(netchan *ch) {
 }
 
 /* ====================================================================================================================
- * [9] Sessions: frames between two processes. A state machine without I/O: bytes of the link go in, bytes for the link
- * come out, time is an argument. No sockets, no TLS, no clock, no threads. Net.
+ * [9] Sessions: an ordered stream of frames between two processes, each taken once, over one link after another. A
+ * state machine without I/O: bytes of the link go in, bytes for the link come out, time is an argument. No sockets, no
+ * TLS, no clock, no threads. Net.
  *
  * Invariants.
- *   S1  The stream is cut for the link only between frames, so what was not given to the link did not arrive in part.
- *   S2  Input is refused, not trusted: a frame is whole, known or skipped, and not longer than NETCHAN__FRAME_MAX.
- * After a breach nothing more is read. S3  A large value delays other frames by one fragment: fragments are put into
- * the stream one at a time, in turn, when it runs low.
+ *   S1  The frames of a direction are numbered from 1. `out` holds those from acked + 1 to queued, whole; of them the
+ *       link was given those up to peer.sent. A frame leaves `out` when the other side said that it has it.
+ *   S2  `received` frames were worked off, in their order. A link is no longer read when its successor was asked for or
+ *       found, and what it brought in part of a frame is dropped. So the position told to the successor is final, and
+ *       each side goes on with the first frame that the other has not got.
+ *   S3  HELLO, PING, PONG, ACK and what greets are not numbered, not kept, and go before all frames, also when the
+ *       window is full: window and credit do not block each other. ACK says that frames were worked off, which takes
+ *       no more memory than was reserved for them.
+ *   S4  Input is refused, not trusted: a frame is whole, known or skipped, and not longer than NETCHAN__FRAME_MAX.
+ *       After a breach nothing more is read.
+ *   S5  A large value delays other frames by one fragment: fragments are put into the stream one at a time, in turn,
+ *       when it runs low.
  * ================================================================================================================== */
 
-enum { NETCHAN__WIRE_VERSION = 1, NETCHAN__STREAM_LOW = 2 * NETCHAN__FRAME_MAX };
+enum {
+    NETCHAN__WIRE_VERSION = 1,
+    NETCHAN__STREAM_LOW = 2 * NETCHAN__FRAME_MAX, /* bytes */
+    NETCHAN__ACK_BYTES = 65536, /* an acknowledgement waits for so many bytes, or frames to go with, ... */
+    NETCHAN__ACK_MS = 20,       /* ... or so long, at most */
+    NETCHAN__CONTROL_MAX = 1024
+};
+
+typedef struct netchan__session netchan__session;
+typedef struct netchan__hub netchan__hub;
 
 /* A large value on its way, in fragments. */
 typedef struct netchan__parcel netchan__parcel;
@@ -3844,41 +4114,114 @@ struct netchan__parcel {
     netchan__buf bytes;
 };
 
-typedef struct netchan__session netchan__session;
+/* One link, as sessions see it. Whoever has its bytes sets binding, identity, fresh and address, and closes it when
+ * failure is set and, with flush, all output is gone. */
+typedef struct netchan__wire {
+    netchan__hub *hub;
+    netchan__session *session; /* from the end of the greeting; NULL again when the session is over or goes elsewhere */
+    void *owner;
+    bool up;                   /* it was greeted */
+    bool resumes;              /* dialling: it asked to go on with the session */
+    bool paused;               /* its successor is being greeted */
+    bool moved;                /* the session went on over it */
+    bool ack_now, flush;
+    uint8_t binding[32];       /* a secret of this link alone, known to both sides */
+    uint8_t identity[32];      /* whom the other side has proved to be */
+    uint8_t fresh[48];         /* listening: random bytes for a new session */
+    netchan__buf in;           /* the beginning of a frame */
+    netchan__buf control;      /* frames that are not numbered */
+    uint64_t generation;
+    uint64_t last_input, last_ping, last_tick, ack_at; /* nanoseconds; ack_at 0: nothing to acknowledge */
+    uint64_t records_in, records_out;
+    const char *failure; /* set: why it is to be closed */
+    char failure_text[200];
+    char address[80];
+} netchan__wire;
+
 struct netchan__session {
     netchan__peer peer; /* first: a session is a peer */
-    netchan__session *next_pending; /* in netchan__pending */
+    netchan__hub *hub;
+    netchan__session *prev, *next; /* of hub */
+    netchan__session *next_pending; /* in netchan__net.pending */
     bool is_pending;
-    void *owner;
-    void (*on_hello)(netchan__session *s); /* the peer is known */
-    bool hello_received, bye_sent, bye_received;
-    netchan__buf out;      /* whole frames that were not given to the link */
-    uint64_t queued;       /* position of the end of out */
-    netchan__buf in;       /* the beginning of a frame */
+    netchan__wire *wire;   /* NULL: it waits for a link */
+    bool refused;          /* since it is down somebody at one of its addresses did not know it */
+    bool bye_sent, bye_received;
+    bool returns;          /* the other side hangs up, and hands back what it has in its buffer */
+    uint8_t id[16], secret[32], identity[32];
+    uint64_t generation;   /* of its newest link */
+    netchan__buf out;      /* whole frames that the other side may not have */
+    size_t given;          /* bytes of them that the link was given */
+    uint64_t queued, acked, received, told; /* frames; told: of received, to the other side */
+    size_t untold;         /* bytes of the frames that it was not told of */
     netchan__parcel *parcels, *last_parcel;
-    uint64_t capacity;     /* HELLO, ours: the capacity we wish for (dialling) or grant */
-    uint64_t their_capacity;
-    int ping_ms;
-    uint64_t last_input, last_ping, last_tick; /* nanoseconds */
-    char breach_text[96];
+    uint64_t down_since, checked; /* nanoseconds */
+    uint64_t round_trip;   /* nanoseconds, newest; 0: not measured yet */
+    char address[80];
 };
 
-/* Sessions that have something new to send. Net. */
-static netchan__session *netchan__pending;
+/* One listen or dial without its sockets, see [10]. */
+struct netchan__hub {
+    netchan_link link; /* first: what the user has is a hub */
+    bool dials;
+    netchan_options options; /* constant, defaults filled in; the texts are not kept */
+    netchan_stats stats;
+    netchan__session *sessions;
+    netchan__session *session; /* dialling: the one there is */
+    netchan__map by_id;        /* listening: sessions by the first bytes of their id */
+    size_t addresses;          /* dialling: how many are tried in turn */
+    size_t peers;              /* sessions */
+    size_t orphans;            /* lanes of lost peers, whose values nobody has received yet */
+    bool was_up, hanging_up, shut;
+    bool news;                 /* for who waits until something happens */
+    size_t events_dropped;
+    uint64_t unknown;
+    size_t unreceived; /* values that were handed back to a peer and may not have reached it */
+};
 
 static void netchan__mark_pending(netchan__session *s) {
     netchan__net.wake = true;
     if (s->is_pending) return;
     s->is_pending = true;
-    s->next_pending = netchan__pending;
-    netchan__pending = s;
+    s->next_pending = netchan__net.pending;
+    netchan__net.pending = s;
 }
 
-/* The fields of each frame type: c channel, e entry, o op, m match, f flags, s size, n number; v a value, b bytes. */
+static size_t netchan__unsent(const netchan__session *s) { return netchan__buf_size(&s->out) - s->given; }
+
+/* The link is of no use any more. */
+static void netchan__wire_fail(netchan__wire *w, const char *reason) {
+    if (w->failure) return;
+    snprintf(w->failure_text, sizeof w->failure_text, "%s", reason);
+    w->failure = w->failure_text;
+    netchan__net.breached = netchan__net.wake = true;
+}
+
+/* Appends a frame that is not numbered. */
+static void netchan__emit_control(netchan__wire *w, unsigned type, const uint8_t *body, size_t size) {
+    uint8_t head[12], *end = netchan__varint_put(head, size + 1);
+    *end++ = (uint8_t)type;
+    if (!netchan__buf_append(&w->control, head, (size_t)(end - head)) || !netchan__buf_append(&w->control, body, size))
+        netchan__wire_fail(w, "out of memory for what is to be sent to it");
+    if (w->session) netchan__mark_pending(w->session);
+}
+
+static void netchan__emit_number(netchan__wire *w, unsigned type, uint64_t n) {
+    uint8_t body[10];
+    if (netchan__buf_size(&w->control) < NETCHAN__CONTROL_MAX) /* who does not read gets no answers */
+        netchan__emit_control(w, type, body, (size_t)(netchan__varint_put(body, n) - body));
+}
+
+static void netchan__emit_ack(netchan__wire *w, const netchan__session *s) {
+    uint8_t body[10];
+    netchan__emit_control(w, NETCHAN__ACK, body, (size_t)(netchan__varint_put(body, s->received) - body));
+}
+
+/* The fields of each numbered frame type: c channel, e entry, o op, m match, f flags, s size, n number; v a value, b
+ * bytes. */
 static const char *netchan__frame_fields(unsigned type) {
     switch (type) {
-    case NETCHAN__PING: case NETCHAN__PONG: return "n";
-    case NETCHAN__BYE: return "";
+    case NETCHAN__BYE: return "n";
     case NETCHAN__OFFER: return "ceofsv";
     case NETCHAN__DEMAND: return "ceof";
     case NETCHAN__WITHDRAW: case NETCHAN__WITHDRAWN: return "e";
@@ -3891,7 +4234,8 @@ static const char *netchan__frame_fields(unsigned type) {
     case NETCHAN__RELEASE: return "em";
     case NETCHAN__ACCEPT: return "en";
     case NETCHAN__CREDIT: return "cns";
-    default: return NULL; /* HELLO, and what this version does not know */
+    case NETCHAN__RETURN: return "csb";
+    default: return NULL; /* what this version does not know */
     }
 }
 
@@ -3908,8 +4252,14 @@ static uint64_t *netchan__frame_field(netchan__frame *f, char field) {
     }
 }
 
-static netchan__session *netchan__session_of(netchan__peer *p) {
-    return (netchan__session *)(void *)p;
+static netchan__session *netchan__session_of(netchan__peer *p) { return (netchan__session *)(void *)p; }
+
+/* How many bytes may wait for the link: with the window, which may be sent again, and with what credit allows. */
+static size_t netchan__stream_limit(const netchan__session *s) {
+    const netchan__peer *p = &s->peer;
+    size_t lent = p->send ? p->their_memory / NETCHAN__SWELL : 0;
+    if (p->send && p->send->lane.cap < lent / NETCHAN__FRAME_MAX) lent = p->send->lane.cap * NETCHAN__FRAME_MAX;
+    return p->max_memory + NETCHAN_WINDOW + lent;
 }
 
 /* Appends a frame: its type and fields, and room for `extra` bytes at its end, which are returned. NULL when out of
@@ -3922,7 +4272,7 @@ static uint8_t *netchan__append_frame(netchan__session *s, const netchan__frame 
         p = netchan__varint_put(p, *netchan__frame_field(&f, *field));
     size_t length = (size_t)(p - head) + extra, total = netchan__varint_size(length) + length;
     NETCHAN_ASSERT(total <= NETCHAN__FRAME_MAX);
-    if (netchan__buf_size(&s->out) + total > s->peer.max_memory) {
+    if (netchan__unsent(s) + total > netchan__stream_limit(s)) {
         netchan__breach(&s->peer, "it does not read what it is sent");
         return NULL;
     }
@@ -3934,7 +4284,7 @@ static uint8_t *netchan__append_frame(netchan__session *s, const netchan__frame 
     to = netchan__varint_put(to, length);
     memcpy(to, head, (size_t)(p - head));
     s->out.end += total;
-    s->queued += total;
+    s->queued++;
     netchan__mark_pending(s);
     return to + (p - head);
 }
@@ -3997,58 +4347,91 @@ static void netchan__cut_fragment(netchan__session *s) {
     NETCHAN_FREE(parcel);
 }
 
-static void netchan__emit_hello(netchan__session *s) {
-    const netchan__peer *p = &s->peer;
-    uint8_t body[128], *at = body;
-    *at++ = NETCHAN__HELLO;
-    memcpy(at, "netchan", 7);
-    at = netchan__varint_put(at + 7, NETCHAN__WIRE_VERSION);
-    memcpy(at, netchan__net.process, sizeof netchan__net.process);
-    at = netchan__varint_put(at + sizeof netchan__net.process, p->max_message);
-    at = netchan__varint_put(at, p->max_memory);
-    at = netchan__varint_put(at, p->max_ops);
-    at = netchan__varint_put(at, (uint64_t)s->ping_ms);
-    at = netchan__varint_put(at, s->capacity);
-    uint8_t length = (uint8_t)(at - body); /* below 128: a varint of one byte */
-    if (!netchan__buf_append(&s->out, &length, 1) || !netchan__buf_append(&s->out, body, length))
-        netchan__breach(&s->peer, "out of memory for what is to be sent to it");
-    s->queued += 1u + length;
-    netchan__mark_pending(s);
+/* The bytes of the frame of `out` that begins there. */
+static size_t netchan__frame_size(const netchan__session *s, size_t offset) {
+    const uint8_t *begin = s->out.data + s->out.start + offset;
+    netchan__reader r = {begin, s->out.data + s->out.end, false};
+    uint64_t length = netchan__read_varint(&r);
+    return (size_t)(r.p - begin) + (size_t)length;
 }
 
-/* No more frames will come from here. */
-static void netchan__emit_bye(netchan__session *s) {
+/* The other side has all frames up to this one. */
+static void netchan__trim(netchan__session *s, uint64_t acked) {
+    size_t size = 0;
+    for (; s->acked < acked; s->acked++) size += netchan__frame_size(s, size);
+    netchan__buf_consume(&s->out, size);
+    s->given -= size < s->given ? size : s->given;
+}
+
+static void netchan__on_ack(netchan__session *s, uint64_t n) {
+    if (n > s->peer.sent) {
+        netchan__breach(&s->peer, "it acknowledged what was never sent");
+        return;
+    }
+    if (n <= s->acked) return;
+    netchan__trim(s, n);
+    s->wire->moved = true;
+    netchan__mark_pending(s); /* the window is open again */
+}
+
+/* At the limit the I/O thread looks whether a new link is wanted. */
+static void netchan__count_record(uint64_t *count) {
+    if (++*count == NETCHAN_KEY_RECORDS) netchan__net.breached = netchan__net.wake = true;
+}
+
+/* The next frames for the link, at most one record of NETCHAN__FRAME_MAX bytes, which count as sent. Returns how many
+ * bytes; 0: there is nothing to send. */
+static size_t netchan__wire_output(netchan__wire *w, uint8_t *record) {
+    netchan__session *s = w->up && !w->failure ? w->session : NULL;
+    if (w->up && !w->failure && (w->paused || w->records_out >= 2 * (uint64_t)NETCHAN_KEY_RECORDS)) return 0;
+    while (s && s->parcels && netchan__unsent(s) < NETCHAN__STREAM_LOW && !s->peer.breach) netchan__cut_fragment(s);
+    bool frames = s && netchan__unsent(s) && s->given < NETCHAN_WINDOW;
+    if (s && s->told != s->received && (frames || w->ack_now || s->untold >= NETCHAN__ACK_BYTES)) {
+        netchan__emit_ack(w, s);
+        s->told = s->received;
+        s->untold = 0;
+        w->ack_now = false;
+        w->ack_at = 0;
+    }
+    size_t size = netchan__buf_size(&w->control), begin = s ? s->given : 0, count = 0;
+    if (size) {
+        memcpy(record, w->control.data + w->control.start, size);
+        mbedtls_platform_zeroize(w->control.data + w->control.start, size); /* a HELLO carries a secret */
+        netchan__buf_consume(&w->control, size);
+    }
+    while (frames && netchan__unsent(s) && s->given < NETCHAN_WINDOW) {
+        size_t total = netchan__frame_size(s, s->given);
+        if (size + (s->given - begin) + total > NETCHAN__FRAME_MAX) break;
+        s->given += total;
+        count++;
+    }
+    if (count) {
+        memcpy(record + size, s->out.data + s->out.start + begin, s->given - begin);
+        size += s->given - begin;
+        s->peer.sent += count;
+        s->peer.stats->frames_sent += count;
+    }
+    if (size) netchan__count_record(&w->records_out);
+    return size;
+}
+
+/* The link has all that there is for it. */
+static bool netchan__wire_idle(const netchan__wire *w) {
+    const netchan__session *s = w->failure ? NULL : w->session;
+    return !netchan__buf_size(&w->control) && (!s || (!netchan__unsent(s) && !s->parcels));
+}
+
+/* Nothing new begins from here. returns: what the peer has sent into the buffer here goes back. */
+static void netchan__emit_bye(netchan__session *s, bool returns) {
     if (s->bye_sent) return;
-    netchan__emit_ids(&s->peer, NETCHAN__BYE, 0, 0, 0, 0, 0);
-    s->bye_sent = true;
+    netchan__emit_ids(&s->peer, NETCHAN__BYE, 0, 0, 0, returns, 0);
+    s->bye_sent = s->peer.leaving = true;
 }
 
-static size_t netchan__clamp(uint64_t n) {
-    return n > SIZE_MAX / 4 ? SIZE_MAX / 4 : (size_t)n;
-}
-
-static void netchan__on_hello(netchan__session *s, netchan__reader *r) {
-    netchan__peer *p = &s->peer;
-    const uint8_t *magic = netchan__read_bytes(r, 7);
-    uint64_t version = netchan__read_varint(r);
-    if (!magic || memcmp(magic, "netchan", 7) || version != NETCHAN__WIRE_VERSION || s->hello_received) {
-        netchan__breach(p, "it does not speak version 1 of the netchan protocol");
-        return;
-    }
-    const uint8_t *process = netchan__read_bytes(r, sizeof p->process);
-    uint64_t max_message = netchan__read_varint(r), max_memory = netchan__read_varint(r);
-    netchan__read_varint(r); /* max_ops: a caller that exceeds it is told by the breach */
-    netchan__read_varint(r); /* ping_ms: each side looks after itself */
-    s->their_capacity = netchan__read_varint(r);
-    if (r->bad) {
-        netchan__breach(p, "its greeting is not whole");
-        return;
-    }
-    memcpy(p->process, process, sizeof p->process);
-    p->their_message = netchan__clamp(max_message);
-    p->their_memory = netchan__clamp(max_memory);
-    s->hello_received = true;
-    s->on_hello(s);
+static void netchan__on_bye(netchan__session *s, uint64_t returns) {
+    s->bye_received = s->peer.farewell = true;
+    s->returns = returns != 0;
+    netchan__leave(&s->peer);
 }
 
 /* Reads the fields of a frame. Returns false after a breach. */
@@ -4081,178 +4464,168 @@ static bool netchan__read_frame(netchan__session *s, netchan__frame *f, netchan_
     return true;
 }
 
-static void netchan__on_frame(netchan__session *s, unsigned type, netchan__reader *r) {
+/* A numbered frame. size: its bytes, with its length. */
+static void netchan__on_frame(netchan__session *s, uint64_t now, unsigned type, netchan__reader *r, size_t size) {
     netchan__frame f = netchan__new_frame(type);
-    if (type == NETCHAN__HELLO) {
-        netchan__on_hello(s, r);
-        return;
-    }
-    if (!s->hello_received) {
-        netchan__breach(&s->peer, "its first frame was no greeting");
-        return;
-    }
+    s->received++;
+    s->untold += size;
+    s->wire->moved = true;
+    s->peer.stats->frames_received++;
+    uint64_t period = NETCHAN__ACK_MS * (uint64_t)1000000; /* the timers of all links coincide */
+    if (!s->wire->ack_at) s->wire->ack_at = (now / period + 1) * period;
     if (!netchan__frame_fields(type) || !netchan__read_frame(s, &f, r)) return;
-    switch (type) {
-    case NETCHAN__PING:
-        if (netchan__buf_size(&s->out) < NETCHAN__STREAM_LOW)
-            netchan__emit_ids(&s->peer, NETCHAN__PONG, 0, 0, 0, f.number, 0);
-        break;
-    case NETCHAN__PONG: break;
-    case NETCHAN__BYE:
-        s->bye_received = s->peer.farewell = true;
-        s->peer.has_all = s->bye_sent;
-        if (s->peer.work) netchan__leave(&s->peer);
-        break;
-    default:
-        netchan__handle(&s->peer, &f);
-        netchan_clear(&f.value);
-        break;
-    }
+    if (type == NETCHAN__BYE) netchan__on_bye(s, f.number);
+    else netchan__handle(&s->peer, &f);
+    netchan_clear(&f.value);
+}
+
+/* A frame that is not numbered, of a link that was greeted. */
+static void netchan__on_control(netchan__wire *w, uint64_t now, unsigned type, netchan__reader *r) {
+    netchan__session *s = w->session;
+    uint64_t n = netchan__read_varint(r);
+    if (r->bad) netchan__breach(&s->peer, "it sent a frame that is cut off");
+    else if (type == NETCHAN__PING) netchan__emit_number(w, NETCHAN__PONG, n);
+    else if (type == NETCHAN__PONG && n <= now) s->round_trip = now - n;
+    else if (type == NETCHAN__ACK) netchan__on_ack(s, n);
+}
+
+static void netchan__on_greeting(netchan__wire *w, uint64_t now, unsigned type, netchan__reader *r);
+
+/* Any frame of a link. */
+static void netchan__dispatch(netchan__wire *w, uint64_t now, unsigned type, netchan__reader *r, size_t size) {
+    bool greets = type == NETCHAN__HELLO || (type >= NETCHAN__RESUME && type <= NETCHAN__REFUSED);
+    bool controls = type == NETCHAN__PING || type == NETCHAN__PONG || type == NETCHAN__ACK;
+    if (greets || !w->up) netchan__on_greeting(w, now, type, r);
+    else if (controls) netchan__on_control(w, now, type, r);
+    else netchan__on_frame(w->session, now, type, r, size);
 }
 
 /* Works off whole frames from [p, end). Returns how many bytes they were. */
-static size_t netchan__parse(netchan__session *s, const uint8_t *data, size_t size) {
+static size_t netchan__parse(netchan__wire *w, uint64_t now, const uint8_t *data, size_t size) {
     size_t done = 0;
-    while (!s->peer.breach) {
+    while (!w->failure && !w->paused && !(w->session && w->session->peer.breach)) {
         netchan__reader r = {data + done, data + size, false};
         uint64_t length = netchan__read_varint(&r);
         if (r.bad && size - done >= 10) length = UINT64_MAX; /* no varint is longer */
         else if (r.bad) break;
         size_t head = r.bad ? 0 : (size_t)(r.p - (data + done));
         if (length == 0 || length > NETCHAN__FRAME_MAX - head) {
-            snprintf(s->breach_text, sizeof s->breach_text, "it announced a frame of %llu bytes",
-                     (unsigned long long)length);
-            netchan__breach(&s->peer, s->breach_text);
+            const char *what = "it announced a frame that is empty or too long";
+            if (w->session) netchan__breach(&w->session->peer, what);
+            else netchan__wire_fail(w, what);
             break;
         }
         if (length > netchan__left(&r)) break;
         netchan__reader body = {r.p + 1, r.p + length, false};
         done += head + (size_t)length;
-        netchan__on_frame(s, *r.p, &body);
+        netchan__dispatch(w, now, *r.p, &body, head + (size_t)length);
     }
     return done;
 }
 
-/* Bytes from the link. Look at s->peer.breach afterwards, and call netchan__settle() before the lock is given back. */
-static void netchan__session_input(netchan__session *s, uint64_t now, const uint8_t *data, size_t size) {
-    s->last_input = now;
-    if (netchan__buf_size(&s->in)) {
-        if (!netchan__buf_append(&s->in, data, size)) {
-            netchan__breach(&s->peer, "out of memory for what it sent");
-            return;
-        }
-        netchan__buf_consume(&s->in, netchan__parse(s, s->in.data + s->in.start, netchan__buf_size(&s->in)));
-        return;
+/* Bytes from the link: one record. Look at netchan__wire_over() afterwards. */
+static void netchan__wire_input(netchan__wire *w, uint64_t now, const uint8_t *data, size_t size) {
+    w->last_input = now;
+    netchan__count_record(&w->records_in);
+    bool whole = true;
+    netchan__buf *in = &w->in;
+    if (netchan__buf_size(in)) {
+        whole = netchan__buf_append(in, data, size);
+        if (whole) netchan__buf_consume(in, netchan__parse(w, now, in->data + in->start, netchan__buf_size(in)));
+    } else {
+        size_t done = netchan__parse(w, now, data, size);
+        if (done < size && !w->failure) whole = netchan__buf_append(in, data + done, size - done);
     }
-    size_t done = netchan__parse(s, data, size);
-    if (done < size && !netchan__buf_append(&s->in, data + done, size - done))
-        netchan__breach(&s->peer, "out of memory for what it sent");
+    if (!whole && w->session) netchan__breach(&w->session->peer, "out of memory for what it sent");
+    else if (!whole) netchan__wire_fail(w, "out of memory for what it sent");
 }
 
-/* The next whole frames for the link, at most one record. Returns their bytes, which stay valid until the next call;
- * then call netchan__session_sent(). 0: there is nothing to send. */
-static size_t netchan__session_output(netchan__session *s, const uint8_t **data) {
-    while (s->parcels && netchan__buf_size(&s->out) < NETCHAN__STREAM_LOW && !s->peer.breach) netchan__cut_fragment(s);
-    size_t size = 0, left = netchan__buf_size(&s->out);
-    const uint8_t *begin = left ? s->out.data + s->out.start : NULL;
-    while (size < left) {
-        netchan__reader r = {begin + size, begin + left, false};
-        size_t length = (size_t)netchan__read_varint(&r), total = (size_t)(r.p - (begin + size)) + length;
-        if (size + total > NETCHAN__FRAME_MAX) break;
-        size += total;
-    }
-    *data = begin;
-    return size;
+/* Why the link is to be closed, or NULL. */
+static const char *netchan__wire_over(const netchan__wire *w) {
+    return w->failure ? w->failure : w->session ? w->session->peer.breach : NULL;
 }
 
-static void netchan__session_sent(netchan__session *s, size_t size) {
-    netchan__buf_consume(&s->out, size);
-    s->peer.sent += size;
+/* Its keys have served for as long as they should. */
+static bool netchan__wire_worn(const netchan__wire *w) {
+    return w->records_in >= NETCHAN_KEY_RECORDS || w->records_out >= NETCHAN_KEY_RECORDS;
 }
 
-static bool netchan__session_idle(const netchan__session *s) {
-    return netchan__buf_size(&s->out) == 0 && !s->parcels;
-}
-
-/* Heartbeats. Returns when to call again, in nanoseconds; a silent peer is a breach. */
-static uint64_t netchan__session_tick(netchan__session *s, uint64_t now) {
-    uint64_t interval = (uint64_t)s->ping_ms * 1000000u;
-    if (!s->hello_received) return now + interval; /* the handshake's deadline holds until then */
-    if (now > s->last_tick + 2 * interval)
-        s->last_input = now; /* this process was stopped: first read what came meanwhile */
-    s->last_tick = now;
-    if (now >= s->last_input + 3 * interval) {
-        snprintf(s->breach_text, sizeof s->breach_text, "nothing was heard from it for %lld ms", 3LL * s->ping_ms);
-        netchan__breach(&s->peer, s->breach_text);
+/* Heartbeats and acknowledgements of a link that was greeted. Returns when to call again, in nanoseconds; the link of a
+ * silent peer has failed. */
+static uint64_t netchan__wire_tick(netchan__wire *w, uint64_t now) {
+    int ping_ms = w->hub->options.ping_ms;
+    uint64_t interval = (uint64_t)ping_ms * 1000000u;
+    if (now > w->last_tick + 2 * interval) w->last_input = now; /* this process was stopped: first read what came */
+    if (w->paused) w->last_input += now - (w->last_tick > w->last_input ? w->last_tick : w->last_input);
+    w->last_tick = now;
+    if (now >= w->last_input + 3 * interval) {
+        char text[64];
+        snprintf(text, sizeof text, "nothing was heard from it for %lld ms", 3LL * ping_ms);
+        netchan__wire_fail(w, text);
         return now + interval;
     }
-    if (now >= s->last_input + interval && now >= s->last_ping + interval) {
-        netchan__emit_ids(&s->peer, NETCHAN__PING, 0, 0, 0, now / 1000, 0);
-        s->last_ping = now;
+    if (w->ack_at && now >= w->ack_at && w->session) {
+        w->ack_now = true;
+        w->ack_at = 0;
+        netchan__mark_pending(w->session);
     }
-    uint64_t next = (s->last_input > s->last_ping ? s->last_input : s->last_ping) + interval;
-    return next > now ? next : now + interval;
+    if (!w->last_ping || (now >= w->last_input + interval && now >= w->last_ping + interval)) {
+        netchan__emit_number(w, NETCHAN__PING, now);
+        w->last_ping = now;
+    }
+    uint64_t next = (w->last_input > w->last_ping ? w->last_input : w->last_ping) + interval;
+    if (next <= now) next = now + interval;
+    return w->ack_at && w->ack_at < next ? w->ack_at : next;
 }
 
-/* Takes the values that were sent within credit and never left back to the end's backlog, before what is there. Returns
- * how many, or SIZE_MAX when out of memory (they are lost then, and counted as unknown). */
-static size_t netchan__take_back(netchan__session *s, netchan *ch) {
-    netchan__buf kept = {NULL, 0, 0, 0};
-    size_t count = 0;
-    if (!ch->lane.cap || !netchan__buf_size(&s->out)) return 0;
-    netchan__reader r = {s->out.data + s->out.start, s->out.data + s->out.end, false};
+/* The values that were sent within credit and never left, in their order; each is a send again. */
+static void netchan__take_back(netchan__session *s, netchan__queue *unsent) {
+    netchan *ch = s->peer.send;
+    netchan__reader r = {NULL, NULL, false};
+    if (netchan__unsent(s)) {
+        r.p = s->out.data + s->out.start + s->given;
+        r.end = s->out.data + s->out.end;
+    }
     while (netchan__left(&r)) {
-        size_t length = (size_t)netchan__read_varint(&r);
+        size_t length = (size_t)netchan__read_varint(&r), memory;
         netchan__reader body = {r.p + 1, r.p + length, false};
         bool is_data = *r.p == NETCHAN__DATA && netchan__read_varint(&body) == ch->channel;
         r.p += length;
         if (!is_data) continue;
-        uint8_t prefix[10];
-        size_t size = netchan__left(&body), head = (size_t)(netchan__varint_put(prefix, size) - prefix);
-        if (!netchan__buf_append(&kept, prefix, head) || !netchan__buf_append(&kept, body.p, size)) {
-            netchan__buf_free(&kept);
-            return SIZE_MAX;
+        netchan_value v = netchan__nil_value;
+        size_t size = netchan__left(&body);
+        ch->in_flight--;
+        s->peer.returned++;
+        s->peer.stats->values_sent--;
+        if (netchan__decode(&v, body.p, size, 0, &memory) != NETCHAN_OK) {
+            ch->undelivered++; /* out of memory */
+            continue;
         }
-        count++;
+        netchan__waiter *w = netchan__detach(ch, &v, size, memory);
+        if (w) netchan__enqueue(unsent, w, false);
     }
-    if (!count) return 0;
-    if (!netchan__buf_append(&kept, ch->backlog.data ? ch->backlog.data + ch->backlog.start : NULL,
-                             netchan__buf_size(&ch->backlog))) {
-        netchan__buf_free(&kept);
-        return SIZE_MAX;
-    }
-    netchan__buf_free(&ch->backlog);
-    ch->backlog = kept;
-    ch->backlog_count += count;
-    return count;
 }
 
-static void netchan__link_peer(netchan__peer *p) {
-    p->prev_peer = NULL;
-    p->next_peer = netchan__net.peers;
-    if (p->next_peer) p->next_peer->prev_peer = p;
-    netchan__net.peers = p;
-}
-
-/* The session is over. Returns how many values only the peer knows of. The session itself can be freed then. */
-static uint64_t netchan__session_lost(netchan__session *s) {
+/* The session is over for channels: they learn what became of what was pending. peer.taken, returned and unknown count
+ * it. */
+static void netchan__session_lost(netchan__session *s) {
     netchan__peer *p = &s->peer;
+    netchan__queue unsent = {NULL, NULL}, none = {NULL, NULL};
+    p->down = true;
     if (p->send) {
-        size_t unsent = netchan__take_back(s, p->send);
-        netchan__end_lost(p->send, p, unsent == SIZE_MAX ? 0 : unsent);
-        netchan__end_lost(p->recv, p, 0);
+        netchan__take_back(s, &unsent);
+        if (s->bye_sent && s->bye_received && !s->returns) p->send->in_flight = 0; /* it arrived */
+        netchan__end_lost(p->send, p, &unsent);
+        netchan__end_lost(p->recv, p, &none);
     }
     if (p->work) netchan__home_lost(p);
     p->send = p->recv = NULL;
-    if (p->prev_peer) p->prev_peer->next_peer = p->next_peer;
-    else if (netchan__net.peers == p) netchan__net.peers = p->next_peer;
-    if (p->next_peer) p->next_peer->prev_peer = p->prev_peer;
+    NETCHAN__UNLINK(netchan__net.peers, p, prev_peer, next_peer);
     netchan__settle();
-    return p->unknown;
 }
 
 static void netchan__session_free(netchan__session *s) {
-    for (netchan__session **at = &netchan__pending; *at; at = &(*at)->next_pending)
+    for (netchan__session **at = &netchan__net.pending; *at; at = &(*at)->next_pending)
         if (*at == s) {
             *at = s->next_pending;
             break;
@@ -4264,12 +4637,697 @@ static void netchan__session_free(netchan__session *s) {
         s->parcels = next;
     }
     netchan__buf_free(&s->out);
-    netchan__buf_free(&s->in);
+    mbedtls_platform_zeroize(s->secret, sizeof s->secret);
     NETCHAN_FREE(s);
 }
 
 /* ====================================================================================================================
- * [10] TLS: mbedTLS as a stream between two buffers. It never blocks and never meets a socket: ciphertext is put in,
+ * [10] Hubs: one listen or dial without its sockets. A hub greets what comes over its links, knows which session goes
+ * on over which, and says what happened. Net.
+ *
+ * Each link begins with one of two questions of the dialling side: HELLO for a new session, RESUME for the one that it
+ * has. Who resumes proves that it knows the secret which the listener gave to the session in its first HELLO, in a
+ * proof that is bound to this one link; and the other side must have the key that it had then. A session that was
+ * lost, and one of a listener that was started anew, are refused.
+ *
+ * Invariants.
+ *   H1  A session has at most one link. Generations grow: a link that was asked for earlier never takes the place of
+ *       one that was asked for later.
+ *   H2  A session ends once: when both sides said farewell and all their frames arrived, or as lost. Only then are its
+ *       values given to others.
+ * ================================================================================================================== */
+
+enum { NETCHAN__EVENTS_MAX = 64 };
+
+typedef struct netchan__log_line netchan__log_line;
+struct netchan__log_line {
+    netchan__log_line *next;
+    void (*log)(void *arg, int level, const char *text);
+    void *arg;
+    int level;
+    char text[480];
+};
+
+static netchan__log_line *netchan__logs, *netchan__last_log; /* to be written without locks. Net. */
+
+/* ---- Events and the log. ---- */
+
+static void netchan__log(netchan__hub *h, int level, const char *format, ...) NETCHAN__PRINTF(3, 4);
+static void netchan__log(netchan__hub *h, int level, const char *format, ...) {
+    netchan__log_line *line = h->options.log ? (netchan__log_line *)netchan__alloc(sizeof *line) : NULL;
+    if (!line) return;
+    va_list args;
+    va_start(args, format);
+    vsnprintf(line->text, sizeof line->text, format, args);
+    va_end(args);
+    line->log = h->options.log;
+    line->arg = h->options.log_arg;
+    line->level = level;
+    if (netchan__last_log) netchan__last_log->next = line;
+    else netchan__logs = line;
+    netchan__last_log = line;
+}
+
+/* An event while it is put together. */
+typedef struct netchan__news {
+    netchan_entry entries[9];
+    size_t count;
+} netchan__news;
+
+static void netchan__add(netchan__news *n, const char *key, netchan_value value) {
+    n->entries[n->count].key = key;
+    n->entries[n->count++].value = value;
+}
+
+static netchan__news netchan__begin_event(const char *name, uint64_t peer, const char *address, const char *reason) {
+    netchan__news n;
+    n.count = 0;
+    netchan__add(&n, "event", netchan_str(name));
+    if (peer) netchan__add(&n, "peer", netchan_uint(peer));
+    if (address) netchan__add(&n, "address", netchan_str(address));
+    if (reason) netchan__add(&n, "reason", netchan_str(reason));
+    return n;
+}
+
+/* Puts the event into the channel of events, in place of the oldest if that is full. */
+static void netchan__event(netchan__hub *h, netchan__news n) {
+    netchan__lane *lane = &h->link.events->lane;
+    netchan_value event;
+    h->news = true;
+    if (lane->closing) return;
+    if (h->events_dropped) netchan__add(&n, "dropped", netchan_uint(h->events_dropped));
+    netchan_value map = netchan_map(n.entries, n.count);
+    if (!netchan__lane_room(lane) || netchan_copy(&event, &map) != NETCHAN_OK) {
+        h->events_dropped++;
+        return;
+    }
+    h->events_dropped = 0;
+    if (lane->count >= lane->cap) {
+        netchan__slot oldest = netchan__lane_pop(lane);
+        h->events_dropped = 1 + (size_t)netchan_as_uint(netchan_get(&oldest.value, "dropped"), 0);
+        netchan_clear(&oldest.value);
+    }
+    netchan__lane_push(lane, &event, 0, 0);
+    netchan__lane_changed(lane);
+}
+
+/* netchan__net.on_drained */
+static void netchan__lane_drained(netchan__lane *lane) {
+    netchan__hub *h = (netchan__hub *)lane->hub;
+    if (!h) return;
+    h->orphans -= lane->orphaned;
+    if (lane->closed_by_peer) netchan__event(h, netchan__begin_event("closed", lane->peer_number, NULL, NULL));
+}
+
+/* ---- Statistics. ---- */
+
+static void netchan__stats_sent(netchan__hub *h, size_t bytes) {
+    h->stats.records_sent += bytes > 0;
+    h->stats.bytes_sent += bytes;
+}
+
+static void netchan__stats_received(netchan__hub *h, size_t bytes) {
+    h->stats.records_received++;
+    h->stats.bytes_received += bytes;
+}
+
+/* Fills in what is looked at and not counted. */
+static netchan_stats netchan__hub_stats(const netchan__hub *h) {
+    netchan_stats stats = h->stats;
+    const netchan *send = h->link.send;
+    stats.peers = h->peers;
+    stats.queued = send->lane.count + send->detached;
+    stats.in_flight = send->in_flight;
+    for (const netchan__match *m = send->matches; m; m = m->next)
+        stats.in_flight += m->receiver && !m->receiver->op && (m->step == 3 || m->carried);
+    for (const netchan__session *s = h->sessions; s; s = s->next)
+        if (s->round_trip / 1000 > stats.round_trip_us) stats.round_trip_us = s->round_trip / 1000;
+    return stats;
+}
+
+/* ---- Sessions begin and end. ---- */
+
+static netchan__session *netchan__make_session(netchan__wire *w) {
+    netchan__hub *h = w->hub;
+    netchan__session *s = (netchan__session *)netchan__alloc(sizeof *s);
+    if (!s) return NULL;
+    netchan__peer *p = &s->peer;
+    p->emit = netchan__session_emit;
+    p->number = ++netchan__net.last_peer;
+    p->max_ops = h->options.max_ops;
+    p->max_message = h->options.max_message;
+    p->max_memory = h->options.max_memory;
+    p->no_redelivery = h->options.no_redelivery;
+    p->patience = 6 * (uint64_t)h->options.ping_ms * 1000000u;
+    p->stats = &h->stats;
+    s->hub = h;
+    memcpy(s->identity, w->identity, sizeof s->identity);
+    NETCHAN__LINK(h->sessions, s, prev, next);
+    h->peers++;
+    NETCHAN__LINK(netchan__net.peers, p, prev_peer, next_peer);
+    return s;
+}
+
+static void netchan__unlink_session(netchan__session *s) {
+    netchan__hub *h = s->hub;
+    NETCHAN__UNLINK(h->sessions, s, prev, next);
+    netchan__map_remove(&h->by_id, netchan__load(s->id, 8));
+    if (h->session == s) h->session = NULL;
+    h->peers--;
+}
+
+/* The session is over, drained or lost; reason is the end of a sentence about the other side, which is told, if that is
+ * possible. */
+static void netchan__end_session(netchan__session *s, const char *reason) {
+    netchan__hub *h = s->hub;
+    netchan__peer *p = &s->peer;
+    netchan__wire *w = s->wire;
+    bool drained = s->bye_sent && s->bye_received;
+    char why[200];
+    snprintf(why, sizeof why, "%s", reason);
+    if (w) {
+        s->wire = NULL;
+        if (drained) netchan__emit_ack(w, s);
+        else netchan__emit_control(w, NETCHAN__REFUSED, (const uint8_t *)why, strlen(why));
+        w->session = NULL;
+        w->flush = true;
+        netchan__wire_fail(w, why);
+    }
+    h->orphans += p->lane != NULL;
+    netchan__unlink_session(s);
+    netchan__session_lost(s);
+    h->unknown += p->unknown;
+    h->unreceived += drained ? 0 : p->handed_back;
+    h->stats.lost += !drained;
+    netchan__news n = netchan__begin_event(drained ? "drained" : "lost", p->number, s->address, why);
+    netchan__add(&n, "taken", netchan_uint(p->taken));
+    netchan__add(&n, "returned", netchan_uint(p->returned));
+    netchan__add(&n, "unknown", netchan_uint(p->unknown));
+    netchan__event(h, n);
+    netchan__log(h, drained ? 2 : 1, "%s: %s %s: %s", h->link.address, drained ? "done with" : "lost", s->address, why);
+    netchan__session_free(s);
+}
+
+/* Nothing is being negotiated with this peer. */
+static bool netchan__is_quiet(const netchan__peer *p) { return !p->waiters.count && !(p->lane && p->lane->matching); }
+
+/* Answers the farewell of the other side when nothing is being negotiated with it any more; ends the session when both
+ * were said and everything has arrived. Returns whether it did. */
+static bool netchan__check_farewell(netchan__session *s) {
+    if (!s->bye_received) return false;
+    if (netchan__is_quiet(&s->peer)) netchan__emit_bye(s, false);
+    if (!s->bye_sent || netchan__buf_size(&s->out) || s->parcels) return false;
+    if (s->returns && s->peer.send && s->peer.send->in_flight) return false; /* it comes back */
+    netchan__end_session(s, s->hub->hanging_up ? "this side hung up" : "it hung up");
+    return true;
+}
+
+/* The session goes on over this link; the other side has got `received` of our frames. */
+static void netchan__attach(netchan__session *s, netchan__wire *w, uint64_t received) {
+    netchan__wire *old = s->wire;
+    if (old) {
+        old->session = NULL;
+        netchan__wire_fail(old, "a newer link took its place");
+    }
+    netchan__trim(s, received);
+    s->hub->stats.replays += s->peer.sent - received;
+    s->peer.sent = received; /* what else was sent did not arrive, and never will */
+    s->given = 0;
+    s->told = s->received;
+    s->untold = 0;
+    s->wire = w;
+    s->generation = w->generation;
+    s->refused = false;
+    w->session = s;
+    w->up = true;
+    snprintf(s->address, sizeof s->address, "%s", w->address);
+    s->hub->news = true;
+    netchan__mark_pending(s);
+}
+
+static void netchan__resumed(netchan__session *s, netchan__wire *w, uint64_t received) {
+    netchan__hub *h = s->hub;
+    uint64_t replays = h->stats.replays;
+    netchan__attach(s, w, received);
+    if (!s->peer.down) {
+        h->stats.rollovers++;
+        return;
+    }
+    h->stats.resumes++;
+    netchan__news n = netchan__begin_event("resumed", s->peer.number, s->address, NULL);
+    netchan__add(&n, "replayed", netchan_uint(h->stats.replays - replays));
+    netchan__event(h, n);
+    netchan__log(h, 2, "%s: resumed with %s", h->link.address, s->address);
+    netchan__peer_up(&s->peer);
+}
+
+/* The link is gone. Its session waits for the next. */
+static void netchan__wire_down(netchan__wire *w, uint64_t now, const char *reason) {
+    netchan__hub *h = w->hub;
+    netchan__session *s = w->session;
+    netchan__buf_free(&w->in);
+    netchan__buf_free(&w->control);
+    mbedtls_platform_zeroize(w->fresh, sizeof w->fresh);
+    netchan__wire *paused = w->resumes && !w->up && h->session ? h->session->wire : NULL;
+    if (paused && paused->paused) netchan__wire_fail(paused, "its successor broke"); /* S2: it may be taken already */
+    if (!s) return;
+    w->session = NULL;
+    s->wire = NULL;
+    s->refused = false;
+    s->down_since = s->checked = now;
+    netchan__peer_down(&s->peer);
+    netchan__event(h, netchan__begin_event("down", s->peer.number, s->address, reason));
+    netchan__log(h, 1, "%s: the link with %s broke: %s", h->link.address, s->address, reason);
+}
+
+/* ---- Greetings. ---- */
+
+static size_t netchan__clamp(uint64_t n) { return n > SIZE_MAX / 4 ? SIZE_MAX / 4 : (size_t)n; }
+
+/* HMAC-SHA256 (RFC 2104) over who speaks, on which link, and how far it is. Returns false when out of memory. It needs
+ * no lock: mbedTLS keeps nothing of a hash outside its context. */
+static bool netchan__prove(const netchan__session *s, const netchan__wire *w, char role, uint64_t received,
+                           uint8_t *proof) {
+    uint8_t text[1 + 32 + 8 + 8];
+    text[0] = (uint8_t)role;
+    memcpy(text + 1, w->binding, 32);
+    netchan__store(text + 33, w->generation, 8);
+    netchan__store(text + 41, received, 8);
+    const mbedtls_md_info_t *sha256 = mbedtls_md_info_from_type(MBEDTLS_MD_SHA256);
+    return mbedtls_md_hmac(sha256, s->secret, sizeof s->secret, text, sizeof text, proof) == 0;
+}
+
+static bool netchan__proved(const netchan__session *s, const netchan__wire *w, char role, uint64_t received,
+                            const uint8_t *proof) {
+    uint8_t expected[32];
+    return netchan__prove(s, w, role, received, expected) && mbedtls_ct_memcmp(expected, proof, sizeof expected) == 0;
+}
+
+/* capacity: the one we wish for (dialling) or grant. fresh: listening: what the session is known by. */
+static void netchan__emit_hello(netchan__wire *w, uint64_t capacity) {
+    const netchan_options *o = &w->hub->options;
+    uint8_t body[160], *at = body;
+    memcpy(at, "netchan", 7);
+    at = netchan__varint_put(at + 7, NETCHAN__WIRE_VERSION);
+    memcpy(at, netchan__net.process, sizeof netchan__net.process);
+    at = netchan__varint_put(at + sizeof netchan__net.process, o->max_message);
+    at = netchan__varint_put(at, o->max_memory);
+    at = netchan__varint_put(at, o->max_ops);
+    at = netchan__varint_put(at, (uint64_t)o->ping_ms);
+    at = netchan__varint_put(at, capacity);
+    if (!w->hub->dials) {
+        memcpy(at, w->fresh, sizeof w->fresh);
+        at += sizeof w->fresh;
+    }
+    netchan__emit_control(w, NETCHAN__HELLO, body, (size_t)(at - body));
+    mbedtls_platform_zeroize(body, sizeof body);
+}
+
+/* RESUME, or the answer to it. */
+static void netchan__emit_resume(netchan__wire *w, const netchan__session *s) {
+    uint8_t body[16 + 10 + 10 + 32], *at = body;
+    if (w->hub->dials) {
+        memcpy(at, s->id, sizeof s->id);
+        at = netchan__varint_put(at + sizeof s->id, w->generation);
+    }
+    at = netchan__varint_put(at, s->received);
+    bool proved = netchan__prove(s, w, w->hub->dials ? 'D' : 'L', s->received, at);
+    unsigned type = w->hub->dials ? NETCHAN__RESUME : NETCHAN__RESUMED;
+    if (proved) netchan__emit_control(w, type, body, (size_t)(at + 32 - body));
+    else netchan__wire_fail(w, "out of memory for its greeting");
+}
+
+/* A new link. The dialling side asks. */
+static void netchan__wire_start(netchan__wire *w, netchan__hub *h, uint64_t now) {
+    netchan__session *s = h->session;
+    w->hub = h;
+    w->last_input = w->last_tick = now;
+    if (!h->dials) return;
+    w->resumes = s != NULL;
+    if (!s) {
+        netchan__emit_hello(w, h->options.buffer);
+        return;
+    }
+    w->generation = ++s->generation;
+    if (s->wire) s->wire->paused = true;
+    netchan__emit_resume(w, s);
+}
+
+static void netchan__refuse(netchan__wire *w, const char *reason) {
+    netchan__emit_control(w, NETCHAN__REFUSED, (const uint8_t *)reason, strlen(reason));
+    w->flush = true;
+    netchan__wire_fail(w, reason);
+}
+
+/* The listening side knows who came: a lane for what it sends, a share in the work queue. */
+static void netchan__bind_listener(netchan__session *s, netchan__lane *lane, size_t capacity) {
+    netchan__hub *h = s->hub;
+    netchan__lane_init(lane, h->link.recv, capacity);
+    lane->peer = &s->peer;
+    lane->peer_number = s->peer.number;
+    lane->hub = h;
+    NETCHAN__LINK(h->link.recv->lanes, lane, prev, next);
+    s->peer.lane = lane;
+    s->peer.work = h->link.send;
+    netchan__lend(lane);
+    if (s->peer.work->closed) netchan__emit_ids(&s->peer, NETCHAN__CLOSED, 1, 0, 0, 0, 0);
+}
+
+static void netchan__bind_dialler(netchan__session *s, size_t capacity) {
+    netchan__hub *h = s->hub;
+    s->peer.send = h->link.send;
+    s->peer.recv = h->link.recv;
+    h->link.send->lane.cap = capacity < h->options.buffer ? capacity : h->options.buffer;
+    h->session = s;
+    netchan__end_up(&s->peer, h->link.send);
+    netchan__end_up(&s->peer, h->link.recv);
+}
+
+/* The listening side takes a new peer. Returns its session, or NULL. */
+static netchan__session *netchan__welcome(netchan__wire *w) {
+    netchan__hub *h = w->hub;
+    if (h->hanging_up) {
+        netchan__refuse(w, "it is hanging up");
+        return NULL;
+    }
+    if (h->peers + h->orphans >= h->options.max_peers) {
+        netchan__refuse(w, "there are max_peers already");
+        return NULL;
+    }
+    w->fresh[0] |= 1; /* no key of a map is 0 */
+    netchan__session *s = netchan__make_session(w);
+    if (s) memcpy(s->id, w->fresh, sizeof s->id);
+    if (s) memcpy(s->secret, w->fresh + sizeof s->id, sizeof s->secret);
+    if (s && netchan__map_put(&h->by_id, netchan__load(s->id, 8), s)) return s;
+    netchan__refuse(w, "out of memory for a new peer");
+    if (!s) return NULL;
+    netchan__unlink_session(s);
+    netchan__session_lost(s);
+    netchan__session_free(s);
+    return NULL;
+}
+
+static void netchan__on_hello(netchan__wire *w, netchan__reader *r) {
+    netchan__hub *h = w->hub;
+    const uint8_t *magic = netchan__read_bytes(r, 7);
+    uint64_t version = netchan__read_varint(r);
+    if (!magic || memcmp(magic, "netchan", 7) || version != NETCHAN__WIRE_VERSION || w->resumes) {
+        netchan__wire_fail(w, "it does not speak version 1 of the netchan protocol");
+        return;
+    }
+    const uint8_t *process = netchan__read_bytes(r, 16);
+    uint64_t max_message = netchan__read_varint(r), max_memory = netchan__read_varint(r);
+    netchan__read_varint(r); /* max_ops: a caller that exceeds it is told by the breach */
+    netchan__read_varint(r); /* ping_ms: each side looks after itself */
+    size_t capacity = netchan__clamp(netchan__read_varint(r));
+    const uint8_t *fresh = h->dials ? netchan__read_bytes(r, sizeof w->fresh) : w->fresh;
+    if (r->bad) {
+        netchan__wire_fail(w, "its greeting is not whole");
+        return;
+    }
+    netchan__lane *lane = h->dials ? NULL : (netchan__lane *)netchan__alloc(sizeof *lane);
+    netchan__session *s = h->dials ? netchan__make_session(w) : lane ? netchan__welcome(w) : NULL;
+    if (!s) {
+        netchan__wire_fail(w, "out of memory for a new peer"); /* unless it was refused */
+        NETCHAN_FREE(lane);
+        return;
+    }
+    memcpy(s->peer.process, process, sizeof s->peer.process);
+    s->peer.their_message = netchan__clamp(max_message);
+    s->peer.their_memory = netchan__clamp(max_memory);
+    if (h->dials) memcpy(s->id, fresh, sizeof s->id);
+    if (h->dials) memcpy(s->secret, fresh + sizeof s->id, sizeof s->secret);
+    if (!h->dials) netchan__emit_hello(w, capacity);
+    w->generation = 0; /* it may have asked for another session before */
+    netchan__attach(s, w, 0);
+    if (h->dials) netchan__bind_dialler(s, capacity);
+    else netchan__bind_listener(s, lane, capacity);
+    h->was_up = true;
+    netchan__news n = netchan__begin_event("up", s->peer.number, w->address, NULL);
+    netchan__add(&n, "listening", netchan_bool(!h->dials));
+    netchan__event(h, n);
+    netchan__log(h, 2, "%s: connected with %s", h->link.address, w->address);
+}
+
+/* Is this how far the other side can have got? */
+static bool netchan__plausible(const netchan__session *s, uint64_t received) {
+    return received >= s->acked && received <= s->peer.sent;
+}
+
+/* Listening: somebody wants to go on with a session. */
+static void netchan__on_resume(netchan__wire *w, netchan__reader *r) {
+    const uint8_t *id = netchan__read_bytes(r, 16);
+    uint64_t generation = netchan__read_varint(r), received = netchan__read_varint(r);
+    const uint8_t *proof = netchan__read_bytes(r, 32);
+    netchan__session *s = r->bad ? NULL : (netchan__session *)netchan__map_get(&w->hub->by_id, netchan__load(id, 8));
+    if (!s && w->hub->hanging_up) { /* a successor may know it: no answer, it dials again */
+        netchan__wire_fail(w, "this side is hanging up");
+        return;
+    }
+    if (!s || memcmp(s->id, id, sizeof s->id) || s->peer.breach || w->generation) {
+        const char *reason = "the session is not known; it was lost, or the listener was started anew";
+        if (w->generation) netchan__refuse(w, reason);
+        else netchan__emit_control(w, NETCHAN__REFUSED, (const uint8_t *)reason, strlen(reason));
+        w->generation = UINT64_MAX; /* one question; a HELLO may follow */
+        return;
+    }
+    w->generation = generation;
+    if (memcmp(s->identity, w->identity, sizeof s->identity) || !netchan__proved(s, w, 'D', received, proof)) {
+        netchan__refuse(w, "the session belongs to somebody else");
+        return;
+    }
+    if (generation <= s->generation || !netchan__plausible(s, received)) {
+        netchan__refuse(w, "the session went on elsewhere");
+        return;
+    }
+    netchan__emit_resume(w, s);
+    if (!w->failure) netchan__resumed(s, w, received);
+}
+
+/* Dialling: the listener goes on with the session. */
+static void netchan__on_resumed(netchan__wire *w, netchan__reader *r) {
+    netchan__session *s = w->hub->session;
+    uint64_t received = netchan__read_varint(r);
+    const uint8_t *proof = netchan__read_bytes(r, 32);
+    if (!w->resumes || w->up || r->bad || !s || w->generation != s->generation ||
+        memcmp(s->identity, w->identity, sizeof s->identity) || !netchan__proved(s, w, 'L', received, proof) ||
+        !netchan__plausible(s, received)) {
+        netchan__wire_fail(w, "it does not go on with our session");
+        return;
+    }
+    netchan__resumed(s, w, received);
+}
+
+/* The listener does not know the session, or does not want us; or the other side has ended the session. */
+static void netchan__on_refused(netchan__wire *w, uint64_t now, netchan__reader *r) {
+    netchan__hub *h = w->hub;
+    netchan__session *s = w->up ? w->session : w->resumes ? h->session : NULL;
+    char reason[120], text[160];
+    size_t size = netchan__left(r) < sizeof reason - 1 ? netchan__left(r) : sizeof reason - 1;
+    for (size_t i = 0; i < size; i++) reason[i] = r->p[i] >= ' ' && r->p[i] < 127 ? (char)r->p[i] : '?';
+    reason[size] = '\0';
+    snprintf(text, sizeof text, "it said: %s", reason);
+    if (s && !w->up && (h->addresses > 1 || s->wire)) {
+        s->refused = true; /* perhaps another address leads to where it is known */
+        w->resumes = false;
+        if (s->wire) s->wire->paused = false; /* the listener did not take it */
+        netchan__mark_pending(s);
+    } else if (s) {
+        netchan__end_session(s, text);
+        if (!w->up) {
+            w->resumes = false;
+            netchan__wire_start(w, h, now);
+            return;
+        }
+    }
+    netchan__wire_fail(w, text);
+}
+
+/* Greetings, and what comes in place of one. */
+static void netchan__on_greeting(netchan__wire *w, uint64_t now, unsigned type, netchan__reader *r) {
+    bool dials = w->hub->dials;
+    if (type == NETCHAN__REFUSED && (w->up || dials)) netchan__on_refused(w, now, r);
+    else if (w->up) netchan__breach(&w->session->peer, "it greeted twice");
+    else if (type == NETCHAN__HELLO) netchan__on_hello(w, r);
+    else if (type == NETCHAN__RESUME && !dials) netchan__on_resume(w, r);
+    else if (type == NETCHAN__RESUMED && dials) netchan__on_resumed(w, r);
+    else netchan__wire_fail(w, "its first frame was no greeting");
+}
+
+/* ---- Hubs. ---- */
+
+static size_t netchan__or(size_t value, size_t fallback) { return value ? value : fallback; }
+
+static int netchan__or_int(int value, int fallback) { return value ? value : fallback; }
+
+static int netchan__fill_options(netchan_options *o) {
+    o->max_message = netchan__or(o->max_message, (size_t)128 << 20);
+    o->max_memory = netchan__or(o->max_memory, 2 * o->max_message);
+    o->max_ops = netchan__or(o->max_ops, 65536);
+    o->max_peers = netchan__or(o->max_peers, 10000);
+    o->connect_ms = netchan__or_int(o->connect_ms, 10000);
+    o->resume_ms = netchan__or_int(o->resume_ms, 30000);
+    o->linger_ms = netchan__or_int(o->linger_ms, 5000);
+    o->ping_ms = netchan__or_int(o->ping_ms, 5000);
+    if (o->max_memory / 2 < o->max_message || o->max_message > SIZE_MAX / 4)
+        return netchan__fail(NETCHAN_EINVAL, "options.max_memory must be at least twice options.max_message");
+    if (o->ping_ms < 0) return netchan__fail(NETCHAN_EINVAL, "options.ping_ms must not be negative");
+    if (o->buffer > SIZE_MAX / 4) return netchan__fail(NETCHAN_EINVAL, "options.buffer is too large");
+    return NETCHAN_OK;
+}
+
+/* A channel of a link: one direction only, under netchan__net_lock from its first day. */
+static netchan *netchan__make_link_channel(size_t capacity, bool sends) {
+    netchan *ch = netchan_make(capacity);
+    if (!ch) return NULL;
+    ch->lock = &netchan__net_lock;
+    ch->may_send = sends;
+    ch->may_receive = !sends;
+    ch->plain = true;
+    return ch;
+}
+
+/* Fills in the options and makes the channels. options may be NULL. Returns OK, EINVAL or ENOMEM; netchan__hub_free()
+ * follows in each case. */
+static int netchan__hub_make(netchan__hub *h, const netchan_options *options, bool dials) {
+    netchan_link *link = &h->link;
+    if (options) h->options = *options;
+    h->dials = dials;
+    h->addresses = 1;
+    int result = netchan__fill_options(&h->options);
+    if (result != NETCHAN_OK) return result;
+    link->send = netchan__make_link_channel(h->options.buffer, true);
+    link->recv = netchan__make_link_channel(0, false);
+    link->events = netchan__make_link_channel(NETCHAN__EVENTS_MAX, false);
+    if (!link->send || !link->recv || !link->events) return NETCHAN_ENOMEM;
+    if (dials) {
+        link->send->is_end = link->recv->is_end = true;
+        link->recv->channel = 1;
+    } else {
+        link->recv->is_merge = true;
+        link->recv->lanes = NULL;
+    }
+    return NETCHAN_OK;
+}
+
+static void netchan__hub_free(netchan__hub *h) {
+    netchan_free(h->link.send);
+    netchan_free(h->link.recv);
+    netchan_free(h->link.events);
+    netchan__map_free(&h->by_id);
+}
+
+/* Dialling: does it want a link now? */
+static bool netchan__hub_wants_wire(const netchan__hub *h) {
+    const netchan__session *s = h->session;
+    if (h->shut && !s && !h->link.send->detached) return false; /* it hangs up, and has nothing to bring */
+    return h->dials && (!s || !s->wire || netchan__wire_worn(s->wire));
+}
+
+/* Ends the session if its time without a link is up. Returns when to look again. */
+static uint64_t netchan__check_resume(netchan__session *s, uint64_t now) {
+    int ms = s->hub->options.resume_ms;
+    uint64_t limit = (uint64_t)ms * 1000000u;
+    if (s->wire || ms < 0) return UINT64_MAX;
+    if (now > s->checked + limit / 2) s->down_since += now - s->checked - limit / 4; /* this process was stopped */
+    s->checked = now;
+    uint64_t end = s->down_since + limit, next = now + limit / 4;
+    if (now < end) return next < end ? next : end;
+    char reason[80];
+    snprintf(reason, sizeof reason, "its link did not come back within %d ms", ms);
+    netchan__end_session(s, reason);
+    return UINT64_MAX;
+}
+
+/* Ends the sessions whose time is up or whose peer broke the protocol. Returns when to look again, in nanoseconds. */
+static uint64_t netchan__hub_tick(netchan__hub *h, uint64_t now) {
+    uint64_t next = UINT64_MAX;
+    netchan__session *following;
+    for (netchan__session *s = h->sessions; s; s = following) {
+        following = s->next;
+        uint64_t at = UINT64_MAX;
+        if (s->peer.breach) netchan__end_session(s, s->peer.breach);
+        else if (!netchan__check_farewell(s)) at = netchan__check_resume(s, now);
+        if (at < next) next = at;
+    }
+    return next;
+}
+
+/* Ends the operations that wait on the channel, now and from now on; those that are being committed go on. */
+static void netchan__shut(netchan *ch) {
+    if (!ch->closing) ch->close_sent = true; /* the farewell says it */
+    ch->closing = ch->closed = ch->lane.closing = true;
+    netchan__end_waiters(&ch->lane.senders);
+    netchan__end_waiters(&ch->receivers);
+}
+
+/* Nothing new begins on the link's channels; what its peers have in our buffers goes back to them. */
+static void netchan__shut_link(netchan__hub *h) {
+    for (netchan__session *s = h->dials ? NULL : h->sessions; s; s = s->next) netchan__leave(&s->peer);
+    netchan__shut(h->link.send);
+    netchan__shut(h->link.recv);
+    for (netchan__lane *lane = h->dials ? NULL : h->link.recv->lanes; lane; lane = lane->next) {
+        lane->returning = true;
+        netchan__lane_changed(lane);
+    }
+    h->shut = true;
+}
+
+/* Whether all that was sent on the link is known to have arrived; says farewell to the other sides on the way. */
+static bool netchan__drained(netchan__hub *h) {
+    netchan *send = h->link.send;
+    netchan__session *s = h->session;
+    if (h->dials && !s) return send->detached == 0;
+    if (h->dials) {
+        if (!send->detached && !s->parcels) netchan__emit_bye(s, false);
+        return false; /* the session ends with the answer */
+    }
+    if (!h->shut && (send->lane.count || send->matches)) return false;
+    if (!h->shut) netchan__shut_link(h);
+    for (s = h->sessions; s; s = s->next)
+        if (netchan__is_quiet(&s->peer)) netchan__emit_bye(s, !s->bye_received);
+    return h->peers == 0;
+}
+
+/* Ends all sessions, now. */
+static void netchan__hub_stop(netchan__hub *h) {
+    while (h->sessions) netchan__end_session(h->sessions, "this side hung up");
+}
+
+/* After netchan__hub_stop(): empties the channels and counts what was not delivered. */
+static netchan_report netchan__hub_close(netchan__hub *h) {
+    netchan_report r = {0, 0, h->unreceived};
+    netchan *send = h->link.send;
+    netchan__shut(send); /* what waited for the fate of a value */
+    h->link.events->closing = h->link.events->lane.closing = true; /* who retained it reads what is in it */
+    netchan__finish_close(h->link.events);
+    netchan__lane *next;
+    for (netchan__lane *lane = h->dials ? NULL : h->link.recv->lanes; lane; lane = next) {
+        next = lane->next;
+        lane->hub = NULL;
+        r.unreceived += lane->count;
+        netchan__lane_clear(lane);
+        netchan__retire_lane(lane); /* one that is still being matched goes when that is over */
+    }
+    for (netchan__waiter *w = send->lane.senders.head, *after; w; w = after) {
+        after = w->next;
+        if (!w->op || !w->op->detached) continue;
+        netchan__change_state(w->op, NETCHAN__OPEN, NETCHAN__ENGAGED);
+        netchan__finish(w->op, w, NETCHAN_ECLOSED);
+    }
+    netchan__lane *left = &send->lane; /* the listener's buffer; at an end it is empty */
+    for (size_t i = 0; i < left->count; i++) {
+        bool redelivered = left->slots[(left->first + i) & (left->room - 1)].redelivered;
+        if (redelivered) r.unknown++;
+        else r.undelivered++;
+    }
+    r.undelivered += send->undelivered;
+    r.unknown += (size_t)h->unknown;
+    return r;
+}
+
+/* ====================================================================================================================
+ * [11] TLS: mbedTLS as a stream between two buffers. It never blocks and never meets a socket: ciphertext is put in,
  * ciphertext is taken out. All calls are made under netchan__tls_lock, as PSA keeps its keys in one table for the
  * process. No other lock is taken inside.
  * ================================================================================================================== */
@@ -4293,6 +5351,7 @@ typedef struct netchan__stream {
     uint8_t seen[32]; /* fingerprint of the peer's key */
     bool has_seen;
     bool has_read; /* the peer has accepted us: it sent something after the handshake */
+    uint8_t binding[32]; /* a secret of this connection, known to both sides and to nobody else */
 } netchan__stream;
 
 static const char *const netchan__alpn[] = {"netchan/1", NULL};
@@ -4333,9 +5392,7 @@ static bool netchan__parse_pin(const char *text, uint8_t *hash) {
     return true;
 }
 
-static bool netchan__is_pem(const char *text) {
-    return strstr(text, "-----BEGIN") != NULL;
-}
+static bool netchan__is_pem(const char *text) { return strstr(text, "-----BEGIN") != NULL; }
 
 static int netchan__load_cert(mbedtls_x509_crt *cert, const char *text) {
     if (netchan__is_pem(text)) return mbedtls_x509_crt_parse(cert, (const unsigned char *)text, strlen(text) + 1);
@@ -4501,6 +5558,23 @@ static int netchan__verify(void *arg, mbedtls_x509_crt *cert, int depth, uint32_
     return 0;
 }
 
+/* A hash of a traffic secret stands in for the exporter of RFC 8446 section 7.5, which mbedTLS 3.6 does not offer in
+ * all its versions. */
+static void netchan__export_key(void *arg, mbedtls_ssl_key_export_type type, const unsigned char *secret, size_t size,
+                                const unsigned char *client_random, const unsigned char *server_random,
+                                mbedtls_tls_prf_types prf) {
+    netchan__stream *s = (netchan__stream *)arg;
+    mbedtls_sha256_context hash;
+    (void)client_random, (void)server_random, (void)prf;
+    if (type != MBEDTLS_SSL_KEY_EXPORT_TLS1_3_CLIENT_APPLICATION_TRAFFIC_SECRET) return;
+    mbedtls_sha256_init(&hash);
+    mbedtls_sha256_starts(&hash, 0);
+    mbedtls_sha256_update(&hash, (const unsigned char *)"netchan/1 link", 14);
+    mbedtls_sha256_update(&hash, secret, size);
+    mbedtls_sha256_finish(&hash, s->binding);
+    mbedtls_sha256_free(&hash);
+}
+
 static int netchan__stream_send(void *arg, const unsigned char *data, size_t size) {
     netchan__stream *s = (netchan__stream *)arg;
     return netchan__buf_append(&s->out, data, size) ? (int)size : MBEDTLS_ERR_SSL_ALLOC_FAILED;
@@ -4524,12 +5598,14 @@ static int netchan__stream_start(netchan__stream *s, const netchan__tls *tls) {
     int e = mbedtls_ssl_setup(&s->ssl, &tls->conf);
     if (!e) e = mbedtls_ssl_set_hostname(&s->ssl, NULL); /* a pin or a shared key names the peer, not the DNS */
     mbedtls_ssl_set_verify(&s->ssl, netchan__verify, s);
+    mbedtls_ssl_set_export_keys_cb(&s->ssl, netchan__export_key, s);
     mbedtls_ssl_set_bio(&s->ssl, s, netchan__stream_send, netchan__stream_recv, NULL);
     return e;
 }
 
 static void netchan__stream_free(netchan__stream *s) {
     mbedtls_ssl_free(&s->ssl);
+    mbedtls_platform_zeroize(s->binding, sizeof s->binding);
     netchan__buf_free(&s->out);
 }
 
@@ -4646,7 +5722,7 @@ NETCHANDEF int netchan_fingerprint(const char *cert, char *out, size_t size) {
 }
 
 /* ====================================================================================================================
- * [11] Sockets: addresses, and sockets that never block, never raise SIGPIPE and do not outlive an exec.
+ * [12] Sockets: addresses, and sockets that never block, never raise SIGPIPE and do not outlive an exec.
  * ================================================================================================================== */
 
 typedef struct netchan__address {
@@ -4654,8 +5730,13 @@ typedef struct netchan__address {
     socklen_t size;
 } netchan__address;
 
-/* "host:port", "[ipv6]:port", ":port" -> up to max addresses. Returns how many, or a negative result. Blocks while
- * names are looked up. */
+static int netchan__fail_address(const char *text) {
+    return netchan__fail(NETCHAN_EINVAL, "\"%.200s\" is no address; write host:port, [ipv6]:port or :port",
+                         text ? text : "(NULL)");
+}
+
+/* "host:port", "[ipv6]:port", ":port" -> up to max addresses. Returns how many, EINVAL or EADDR. Blocks while names are
+ * looked up. */
 static int netchan__resolve(const char *text, bool passive, netchan__address *out, size_t max) {
     char host[256];
     const char *colon = text ? strrchr(text, ':') : NULL;
@@ -4665,8 +5746,7 @@ static int netchan__resolve(const char *text, bool passive, netchan__address *ou
     else if (colon && memchr(text, ':', length)) colon = NULL; /* an IPv6 address without brackets */
     if (!colon || !colon[1] || strspn(colon + 1, "0123456789") != strlen(colon + 1) || strlen(colon + 1) > 5 ||
         atoi(colon + 1) > 65535 || length >= sizeof host)
-        return netchan__fail(NETCHAN_EADDR, "\"%.200s\" is no address; write host:port, [ipv6]:port or :port",
-                             text ? text : "(NULL)");
+        return netchan__fail_address(text);
     memcpy(host, begin, length);
     host[length] = '\0';
     struct addrinfo hints, *list = NULL;
@@ -4683,7 +5763,30 @@ static int netchan__resolve(const char *text, bool passive, netchan__address *ou
         out[count++].size = a->ai_addrlen;
     }
     freeaddrinfo(list);
+    if (!count) return netchan__fail(NETCHAN_EADDR, "\"%.200s\" has no address that can be used", text);
     return (int)count;
+}
+
+/* "a:1,b:2": their addresses, in this order; names that cannot be looked up are left out, if that is not true of all.
+ * Returns as netchan__resolve(). */
+static int netchan__resolve_list(const char *text, netchan__address *out, size_t max) {
+    char one[300];
+    size_t count = 0;
+    int failure = NETCHAN_EINVAL;
+    if (!text) return netchan__fail_address(text);
+    for (const char *begin = text; begin && count < max;) {
+        const char *comma = strchr(begin, ',');
+        size_t length = comma ? (size_t)(comma - begin) : strlen(begin);
+        if (length >= sizeof one) return netchan__fail_address(begin);
+        memcpy(one, begin, length);
+        one[length] = '\0';
+        int n = netchan__resolve(one, false, out + count, max - count);
+        if (n == NETCHAN_EINVAL) return n;
+        if (n < 0) failure = n;
+        else count += (size_t)n;
+        begin = comma ? comma + 1 : NULL;
+    }
+    return count ? (int)count : failure;
 }
 
 static void netchan__print_address(const netchan__address *a, char *out, size_t size) {
@@ -4747,6 +5850,19 @@ static int netchan__listen_socket(const char *text, netchan__address *bound) {
     return netchan__fail(NETCHAN_EADDR, "cannot listen on \"%.200s\": %s", text, strerror(saved));
 }
 
+/* Takes over a socket that listens. Returns it or a negative result. *bound: where. */
+static int netchan__adopt_socket(int fd, netchan__address *bound) {
+    int listens = 0;
+    socklen_t size = sizeof listens;
+    bound->size = sizeof bound->storage;
+    if (fd < 0 || getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &size) || !listens)
+        return netchan__fail(NETCHAN_EINVAL, "options.listen_fd is %d, which is no socket that listens", fd);
+    if (getsockname(fd, (struct sockaddr *)(void *)&bound->storage, &bound->size) ||
+        (bound->storage.ss_family != AF_INET && bound->storage.ss_family != AF_INET6) || !netchan__prepare_fd(fd))
+        return netchan__fail(NETCHAN_EADDR, "options.listen_fd is %d, which is no TCP socket", fd);
+    return fd;
+}
+
 /* Sends what it can. Returns false when the connection is broken. */
 static bool netchan__flush_fd(int fd, netchan__buf *out) {
 #ifdef MSG_NOSIGNAL
@@ -4764,9 +5880,9 @@ static bool netchan__flush_fd(int fd, netchan__buf *out) {
 }
 
 /* ====================================================================================================================
- * [12] The I/O loop: the one thread that calls poll(). It owns all connections: sockets, TLS streams, and who they
- * belong to. What it shares with callers (endpoints, sessions) belongs to netchan__net_lock, which it holds except
- * while it waits, encrypts, decrypts and logs.
+ * [13] The I/O loop: the one thread that calls poll(). It owns all connections: sockets, TLS streams, and the links
+ * that sessions see. What it shares with callers (endpoints, links, sessions) belongs to netchan__net_lock, which it
+ * holds except while it waits, encrypts, decrypts and logs.
  * ================================================================================================================== */
 
 enum {
@@ -4774,68 +5890,58 @@ enum {
     NETCHAN__CIPHER_HIGH = 4 * 16384,  /* encrypted bytes that may wait for a socket */
     NETCHAN__HANDSHAKES_MAX = 256,     /* strangers at a time, for each listener */
     NETCHAN__HANDSHAKE_MS = 10000,
-    NETCHAN__ACCEPT_PAUSE_MS = 100, /* when there are no descriptors left */
+    NETCHAN__FLUSH_MS = 1000,          /* for the last words to who is turned away */
+    NETCHAN__ACCEPT_PAUSE_MS = 100,    /* when there are no descriptors left, or the like */
     NETCHAN__CHECK_MS = 500,
     NETCHAN__BACKOFF_MIN_MS = 50,
     NETCHAN__BACKOFF_MAX_MS = 5000,
-    NETCHAN__EVENTS_MAX = 64,
     NETCHAN__ADDRESSES_MAX = 16
 };
 
-enum netchan__conn_state { NETCHAN__CONNECTING, NETCHAN__HANDSHAKING, NETCHAN__GREETING, NETCHAN__UP };
+enum netchan__conn_state { NETCHAN__CONNECTING, NETCHAN__HANDSHAKING, NETCHAN__SPEAKING };
 
 typedef struct netchan__endpoint netchan__endpoint;
 typedef struct netchan__conn netchan__conn;
 
-/* One connection. I/O thread. */
+/* One connection. I/O thread, but for the wire, which is net. */
 struct netchan__conn {
     netchan__conn *next, *prev;
     netchan__endpoint *endpoint;
-    netchan__session *session; /* from the end of the handshake */
+    netchan__wire wire; /* from the end of the handshake */
     netchan__stream stream;
     enum netchan__conn_state state;
     int fd;
-    bool ended;        /* to be closed once everything was sent: reason tells why */
-    uint64_t deadline; /* nanoseconds; until the session is up */
+    bool stranger;     /* it was not greeted yet */
+    bool closing;      /* it has failed, and its last words are on the way */
+    uint64_t deadline; /* nanoseconds; until it was greeted, or for the last words */
     char reason[320];
-    char address[80];
 };
 
 /* One listen or dial. Net, unless said otherwise. */
 struct netchan__endpoint {
-    netchan_link link; /* first: what the user has is an endpoint */
+    netchan__hub hub; /* first */
     netchan__endpoint *next;
-    bool dials;
-    netchan__tls tls;        /* under netchan__tls_lock */
-    netchan_options options; /* constant, defaults filled in; the texts are not kept */
-    int fd;                  /* listening; constant */
+    netchan__tls tls; /* under netchan__tls_lock */
+    int fd;           /* listening; constant */
     netchan__address addresses[NETCHAN__ADDRESSES_MAX]; /* dialling; constant */
-    size_t address_count, which;
-    netchan__session *session; /* dialling: the one that is up */
-    netchan__conn *conn;       /* dialling: I/O thread */
-    uint64_t next_dial;        /* nanoseconds */
-    uint64_t next_accept;      /* likewise; 0: at any time */
-    unsigned failures;         /* in a row */
-    bool was_up;
-    int failure;               /* dialling: why the first connection is given up */
-    char failure_text[320];    /* the last reason why there was no connection */
-    size_t strangers, peers;   /* connections before and after the greeting */
-    size_t orphans;            /* lanes of lost peers, whose values nobody has received yet */
-    bool hanging_up, shut, stopping, gone;
-    size_t events_dropped;
-    uint64_t unknown;
+    size_t which, tried;    /* tried: since the last link */
+    netchan__conn *trial;   /* dialling: the connection that was not greeted yet. I/O thread */
+    uint64_t next_dial;     /* nanoseconds */
+    uint64_t next_accept;   /* likewise; 0: at any time */
+    unsigned failures;      /* in a row */
+    int failure;            /* dialling: why the first connection is given up */
+    char failure_text[320]; /* the last reason why there was no connection */
+    size_t conns, strangers;
+    bool stopping, gone;
     pthread_cond_t changed; /* with netchan__net_lock */
     char address[300];
 };
 
-typedef struct netchan__log_line netchan__log_line;
-struct netchan__log_line {
-    netchan__log_line *next;
-    void (*log)(void *arg, int level, const char *text);
-    void *arg;
-    int level;
-    char text[480];
-};
+/* What is polled: a connection, a listener, or, with neither, the wake-up pipe. */
+typedef struct netchan__watched {
+    netchan__conn *conn;
+    netchan__endpoint *listener;
+} netchan__watched;
 
 /* Net, but for what says otherwise. */
 static struct netchan__io_state {
@@ -4843,22 +5949,23 @@ static struct netchan__io_state {
     netchan__conn *conns; /* I/O thread */
     uint64_t next_tick;   /* when to look at all deadlines again */
     uint64_t next_check;  /* when to look at all claims again */
-    netchan__log_line *logs, *last_log;
     int wake_read;
     bool stop;
-    uint64_t last_peer;
     size_t links;     /* under netchan__control_lock */
     pthread_t thread; /* likewise */
     /* I/O thread: */
     struct pollfd *polls;
-    netchan__conn **polled; /* the connection of polls[i]; NULL: a listener or the wake-up pipe */
-    netchan__endpoint **listeners;
+    netchan__watched *watched; /* what polls[i] stands for */
     size_t poll_room;
     uint8_t cipher[NETCHAN__CHUNK], plain[NETCHAN__FRAME_MAX];
 } netchan__io;
 
 /* Serialises the start and the end of the thread. Taken before netchan__net_lock. */
 static pthread_mutex_t netchan__control_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static uint64_t netchan__after(uint64_t now, uint64_t ms) { return now + ms * 1000000u; }
+
+static void netchan__tick_before(uint64_t time) { if (time < netchan__io.next_tick) netchan__io.next_tick = time; }
 
 static void netchan__io_unlock(void) {
     netchan__settle();
@@ -4867,29 +5974,11 @@ static void netchan__io_unlock(void) {
     netchan__wake_finished();
 }
 
-/* ---- Events and the log. Caller holds netchan__net_lock. ---- */
-
-static void netchan__log(netchan__endpoint *e, int level, const char *format, ...) NETCHAN__PRINTF(3, 4);
-static void netchan__log(netchan__endpoint *e, int level, const char *format, ...) {
-    netchan__log_line *line = e->options.log ? (netchan__log_line *)netchan__alloc(sizeof *line) : NULL;
-    if (!line) return;
-    va_list args;
-    va_start(args, format);
-    vsnprintf(line->text, sizeof line->text, format, args);
-    va_end(args);
-    line->log = e->options.log;
-    line->arg = e->options.log_arg;
-    line->level = level;
-    if (netchan__io.last_log) netchan__io.last_log->next = line;
-    else netchan__io.logs = line;
-    netchan__io.last_log = line;
-}
-
 /* Writes the log without locks. Caller holds netchan__net_lock, which is given back and taken again. */
 static void netchan__write_logs(void) {
-    netchan__log_line *line = netchan__io.logs, *next;
+    netchan__log_line *line = netchan__logs, *next;
     if (!line) return;
-    netchan__io.logs = netchan__io.last_log = NULL;
+    netchan__logs = netchan__last_log = NULL;
     netchan__io_unlock();
     for (; line; line = next) {
         next = line->next;
@@ -4899,186 +5988,59 @@ static void netchan__write_logs(void) {
     pthread_mutex_lock(&netchan__net_lock);
 }
 
-/* Puts an event into the channel of events, in place of the oldest if it is full. entries has room for one more. */
-static void netchan__event(netchan__endpoint *e, netchan_entry *entries, size_t count) {
-    netchan__lane *lane = &e->link.events->lane;
-    netchan_value event;
-    if (lane->closing) return;
-    if (e->events_dropped) {
-        entries[count].key = "dropped";
-        entries[count++].value = netchan_uint(e->events_dropped);
-    }
-    netchan_value map = netchan_map(entries, count);
-    if (!netchan__lane_room(lane) || netchan_copy(&event, &map) != NETCHAN_OK) {
-        e->events_dropped++;
-        return;
-    }
-    e->events_dropped = 0;
-    if (lane->count >= lane->cap) {
-        netchan__slot oldest = netchan__lane_pop(lane);
-        e->events_dropped = 1 + (size_t)netchan_as_uint(netchan_get(&oldest.value, "dropped"), 0);
-        netchan_clear(&oldest.value);
-    }
-    netchan__lane_push(lane, &event, 0, 0);
-    netchan__lane_changed(lane);
-}
+/* ---- Connections. Caller holds netchan__net_lock. ---- */
 
-static void netchan__peer_event(netchan__endpoint *e, const char *name, uint64_t peer, const char *address,
-                                const char *reason, const char *extra, netchan_value extra_value) {
-    netchan_entry entries[6];
-    size_t n = 0;
-    entries[n].key = "event", entries[n++].value = netchan_str(name);
-    if (peer) entries[n].key = "peer", entries[n++].value = netchan_uint(peer);
-    if (address) entries[n].key = "address", entries[n++].value = netchan_str(address);
-    if (reason) entries[n].key = "reason", entries[n++].value = netchan_str(reason);
-    if (extra) entries[n].key = extra, entries[n++].value = extra_value;
-    netchan__event(e, entries, n);
-}
-
-/* netchan__net.on_drained */
-static void netchan__lane_drained(netchan__lane *lane) {
-    netchan__endpoint *e = (netchan__endpoint *)lane->endpoint;
-    if (!e) return;
-    e->orphans -= lane->orphaned;
-    if (lane->closed_by_peer) netchan__peer_event(e, "closed", lane->peer_number, NULL, NULL, NULL, netchan__nil_value);
-}
-
-/* ---- Sessions of connections. Caller holds netchan__net_lock. ---- */
-
-/* The listening side knows who came: a lane for what it sends, a share in the work queue. */
-static void netchan__bind_listener(netchan__conn *c) {
-    netchan__endpoint *e = c->endpoint;
-    netchan__session *s = c->session;
-    netchan__lane *lane = (netchan__lane *)netchan__alloc(sizeof *lane);
-    if (!lane) {
-        netchan__breach(&s->peer, "out of memory for a new peer");
-        return;
-    }
-    s->capacity = netchan__clamp(s->their_capacity);
-    netchan__lane_init(lane, e->link.recv, (size_t)s->capacity);
-    lane->peer = &s->peer;
-    lane->peer_number = s->peer.number;
-    lane->endpoint = e;
-    lane->next = e->link.recv->lanes;
-    if (lane->next) lane->next->prev = lane;
-    e->link.recv->lanes = lane;
-    s->peer.lane = lane;
-    s->peer.work = e->link.send;
-    netchan__emit_hello(s);
-    netchan__link_peer(&s->peer);
-    netchan__lend(lane);
-    if (s->peer.work->closed) netchan__emit_ids(&s->peer, NETCHAN__CLOSED, 1, 0, 0, 0, 0);
-}
-
-static void netchan__bind_dialler(netchan__conn *c) {
-    netchan__endpoint *e = c->endpoint;
-    netchan__session *s = c->session;
-    s->peer.send = e->link.send;
-    s->peer.recv = e->link.recv;
-    if (s->their_capacity < e->link.send->lane.cap) e->link.send->lane.cap = (size_t)s->their_capacity;
-    e->session = s;
-    e->was_up = true;
-    e->failures = 0;
-    netchan__link_peer(&s->peer);
-    netchan__end_up(&s->peer, e->link.send);
-    netchan__end_up(&s->peer, e->link.recv);
-}
-
-/* netchan__session.on_hello */
-static void netchan__on_peer(netchan__session *s) {
-    netchan__conn *c = (netchan__conn *)s->owner;
-    netchan__endpoint *e = c->endpoint;
-    if (e->dials) netchan__bind_dialler(c);
-    else netchan__bind_listener(c);
-    if (s->peer.breach) return;
-    c->state = NETCHAN__UP;
-    e->strangers--;
-    e->peers++;
-    netchan__peer_event(e, "up", s->peer.number, c->address, NULL, "listening", netchan_bool(!e->dials));
-    netchan__log(e, 2, "%s: connected with %s", e->address, c->address);
-    netchan__io.next_tick = 0; /* its heartbeat begins */
-    pthread_cond_broadcast(&e->changed);
-}
-
-/* TLS is done: the session begins. */
-static bool netchan__start_session(netchan__conn *c) {
-    netchan__endpoint *e = c->endpoint;
-    netchan__session *s = (netchan__session *)netchan__alloc(sizeof *s);
-    if (!s) return false;
-    s->peer.emit = netchan__session_emit;
-    s->peer.number = ++netchan__io.last_peer;
-    s->peer.max_ops = e->options.max_ops;
-    s->peer.max_message = e->options.max_message;
-    s->peer.max_memory = e->options.max_memory;
-    s->peer.no_redelivery = e->options.no_redelivery;
-    s->owner = c;
-    s->on_hello = netchan__on_peer;
-    s->ping_ms = e->options.ping_ms;
-    s->peer.patience = 6 * (uint64_t)e->options.ping_ms * 1000000u;
-    s->last_input = s->last_ping = s->last_tick = netchan__now_ns();
-    c->session = s;
-    c->state = NETCHAN__GREETING;
-    if (e->dials) {
-        s->capacity = e->options.buffer;
-        netchan__emit_hello(s);
-    }
-    return true;
-}
-
-/* The other side said farewell, and nothing is being negotiated with it any more: so do we, and close. */
-static void netchan__answer_bye(netchan__conn *c) {
-    netchan__session *s = c->session;
-    if (!s || !s->bye_received || c->ended || s->peer.waiters.count) return;
-    netchan__emit_bye(s);
-    c->ended = true;
-    c->deadline = netchan__now_ns() + NETCHAN__HANDSHAKE_MS * (uint64_t)1000000; /* for what is still to be sent */
-    netchan__io.next_tick = 0;
-    snprintf(c->reason, sizeof c->reason, "it hung up");
-}
-
+/* Dialling: when to try next, and where: the next address at once, after the last one a pause. */
 static void netchan__schedule_dial(netchan__endpoint *e, uint64_t now) {
+    netchan__hub *h = &e->hub;
     netchan__io.next_tick = 0;
-    if (++e->which < e->address_count) return; /* the next address at once */
+    if (++e->tried >= h->addresses && h->session && h->session->refused && !h->session->wire)
+        netchan__end_session(h->session, "no address leads to who knows the session");
+    if (++e->which < h->addresses) return;
     e->which = 0;
     uint64_t wait = (uint64_t)NETCHAN__BACKOFF_MIN_MS << (e->failures < 7 ? e->failures : 7);
-    if (wait > NETCHAN__BACKOFF_MAX_MS) wait = NETCHAN__BACKOFF_MAX_MS;
+    uint64_t most = h->session && h->options.resume_ms > 0 ? (uint64_t)h->options.resume_ms / 16 : UINT64_MAX;
+    if (most > NETCHAN__BACKOFF_MAX_MS) most = NETCHAN__BACKOFF_MAX_MS;
+    if (wait > most) wait = most; /* who waits for a link has several tries */
     e->failures++;
-    wait = wait * 1000000u;
-    e->next_dial = now + wait / 2 + netchan__random() % wait; /* jitter keeps many diallers from coming at once */
+    wait *= 1000000u;
+    e->next_dial = now + wait / 2 + netchan__random() % (wait + 1); /* jitter keeps many diallers from coming at once */
+}
+
+/* Dialling: a link that served breaks; the same address is tried again, at once if it was of use. */
+static void netchan__redial(netchan__endpoint *e, const netchan__conn *c, uint64_t now) {
+    e->tried = 0;
+    e->next_dial = c->wire.moved ? now : now + netchan__random() % (NETCHAN__BACKOFF_MIN_MS * (uint64_t)1000000);
+}
+
+/* Who was not greeted goes: why is told. */
+static void netchan__turn_off(netchan__conn *c, const char *reason, bool fatal) {
+    netchan__endpoint *e = c->endpoint;
+    netchan__hub *h = &e->hub;
+    e->strangers--;
+    if (!h->dials && !e->stopping) netchan__event(h, netchan__begin_event("rejected", 0, c->wire.address, reason));
+    netchan__log(h, h->dials ? 1 : 0, "%s: no connection with %s: %s", e->address, c->wire.address, reason);
+    if (!h->dials) return;
+    snprintf(e->failure_text, sizeof e->failure_text, "%s", reason);
+    if (fatal && !h->was_up) e->failure = NETCHAN_EAUTH;
+    e->trial = NULL;
+    netchan__schedule_dial(e, netchan__now_ns());
+    h->news = true;
 }
 
 /* The connection is over; reason is the end of a sentence about the other side. fatal: trying again is no use. */
 static void netchan__close_conn(netchan__conn *c, const char *reason, bool fatal) {
     netchan__endpoint *e = c->endpoint;
-    bool was_up = c->state == NETCHAN__UP;
-    uint64_t unknown = 0, number = c->session ? c->session->peer.number : 0;
-    if (c->session) {
-        e->orphans += c->session->peer.lane != NULL;
-        unknown = netchan__session_lost(c->session);
-        netchan__session_free(c->session);
-    }
-    e->unknown += unknown;
-    if (was_up) {
-        e->peers--;
-        netchan__peer_event(e, "down", number, c->address, reason, "unknown", netchan_uint(unknown));
-        netchan__log(e, c->ended ? 2 : 1, "%s: lost %s: %s", e->address, c->address, reason);
-    } else {
-        e->strangers--;
-        if (!e->dials && !e->stopping)
-            netchan__peer_event(e, "rejected", 0, c->address, reason, NULL, netchan__nil_value);
-        netchan__log(e, e->dials ? 1 : 0, "%s: no connection with %s: %s", e->address, c->address, reason);
-    }
-    if (e->dials) {
-        snprintf(e->failure_text, sizeof e->failure_text, "%s", reason);
-        e->session = NULL;
-        e->conn = NULL;
-        if (fatal && !e->was_up) e->failure = NETCHAN_EAUTH;
-        netchan__schedule_dial(e, netchan__now_ns());
-    }
-    pthread_cond_broadcast(&e->changed);
-    if (c->prev) c->prev->next = c->next;
-    else netchan__io.conns = c->next;
-    if (c->next) c->next->prev = c->prev;
+    uint64_t now = netchan__now_ns();
+    bool serves = c->wire.session != NULL, lost = c->wire.up && !serves && e->hub.dials && !e->hub.session;
+    if (c->state == NETCHAN__SPEAKING) netchan__wire_down(&c->wire, now, reason);
+    if (c->stranger) netchan__turn_off(c, reason, fatal);
+    else if (lost) netchan__schedule_dial(e, now);
+    else if (serves && e->hub.dials) netchan__redial(e, c, now);
+    e->conns--;
+    e->hub.news = true;
+    netchan__io.next_tick = 0; /* its session waits from now on */
+    NETCHAN__UNLINK(netchan__io.conns, c, prev, next);
     close(c->fd);
     pthread_mutex_lock(&netchan__tls_lock);
     netchan__stream_free(&c->stream);
@@ -5086,7 +6048,7 @@ static void netchan__close_conn(netchan__conn *c, const char *reason, bool fatal
     NETCHAN_FREE(c);
 }
 
-/* A new connection over fd, which is closed on failure. Caller holds netchan__net_lock. */
+/* A new connection over fd, which is closed on failure. */
 static netchan__conn *netchan__open_conn(netchan__endpoint *e, int fd, const netchan__address *a,
                                          enum netchan__conn_state state) {
     netchan__conn *c = (netchan__conn *)netchan__alloc(sizeof *c);
@@ -5095,21 +6057,22 @@ static netchan__conn *netchan__open_conn(netchan__endpoint *e, int fd, const net
     if (error && c) netchan__stream_free(&c->stream);
     pthread_mutex_unlock(&netchan__tls_lock);
     if (error) {
-        netchan__log(e, 0, "%s: out of memory for a connection", e->address);
+        netchan__log(&e->hub, 0, "%s: out of memory for a connection", e->address);
         NETCHAN_FREE(c);
         close(fd);
         return NULL;
     }
     netchan__prepare_socket(fd);
-    netchan__print_address(a, c->address, sizeof c->address);
+    netchan__print_address(a, c->wire.address, sizeof c->wire.address);
+    c->wire.owner = c;
     c->endpoint = e;
     c->fd = fd;
     c->state = state;
-    c->deadline = netchan__now_ns() + NETCHAN__HANDSHAKE_MS * (uint64_t)1000000;
-    c->next = netchan__io.conns;
-    if (c->next) c->next->prev = c;
-    netchan__io.conns = c;
+    c->stranger = true;
+    c->deadline = netchan__after(netchan__now_ns(), NETCHAN__HANDSHAKE_MS);
+    NETCHAN__LINK(netchan__io.conns, c, prev, next);
     e->strangers++;
+    e->conns++;
     netchan__io.next_tick = 0;
     return c;
 }
@@ -5124,8 +6087,8 @@ static void netchan__dial_now(netchan__endpoint *e, uint64_t now) {
         netchan__schedule_dial(e, now);
         return;
     }
-    e->conn = netchan__open_conn(e, fd, a, NETCHAN__CONNECTING);
-    if (!e->conn) netchan__schedule_dial(e, now);
+    e->trial = netchan__open_conn(e, fd, a, NETCHAN__CONNECTING);
+    if (!e->trial) netchan__schedule_dial(e, now);
 }
 
 static void netchan__accept_all(netchan__endpoint *e) {
@@ -5134,41 +6097,56 @@ static void netchan__accept_all(netchan__endpoint *e) {
         a.size = sizeof a.storage;
         int fd = accept(e->fd, (struct sockaddr *)(void *)&a.storage, &a.size);
         if (fd < 0) {
-            bool out_of_means = errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM;
-            if (!out_of_means) return;
-            netchan__log(e, 0, "%s: cannot accept: %s", e->address, strerror(errno));
-            e->next_accept = netchan__now_ns() + NETCHAN__ACCEPT_PAUSE_MS * (uint64_t)1000000;
+            if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR || errno == ECONNABORTED) return;
+            netchan__log(&e->hub, 0, "%s: cannot accept: %s", e->address, strerror(errno));
+            e->next_accept = netchan__after(netchan__now_ns(), NETCHAN__ACCEPT_PAUSE_MS);
             netchan__io.next_tick = 0;
             return;
         }
         const char *full = e->strangers >= NETCHAN__HANDSHAKES_MAX ? "too many strangers at once"
-                           : e->strangers + e->peers + e->orphans >= e->options.max_peers
-                               ? "there are max_peers already"
                            : !netchan__prepare_fd(fd) ? "its socket cannot be used"
                                                       : NULL;
         if (full) {
             char address[80];
             netchan__print_address(&a, address, sizeof address);
-            netchan__peer_event(e, "rejected", 0, address, full, NULL, netchan__nil_value);
+            netchan__event(&e->hub, netchan__begin_event("rejected", 0, address, full));
             close(fd);
         } else netchan__open_conn(e, fd, &a, NETCHAN__HANDSHAKING);
     }
 }
 
+/* TLS is done: the greeting begins. */
+static void netchan__start_wire(netchan__conn *c, uint64_t now) {
+    netchan__wire *w = &c->wire;
+    c->state = NETCHAN__SPEAKING;
+    memcpy(w->binding, c->stream.binding, sizeof w->binding);
+    memcpy(w->identity, c->stream.seen, sizeof w->identity);
+    netchan__wire_start(w, &c->endpoint->hub, now);
+}
+
+/* The greeting may be over. */
+static void netchan__note_up(netchan__conn *c) {
+    netchan__endpoint *e = c->endpoint;
+    if (!c->stranger || !c->wire.up) return;
+    c->stranger = false;
+    e->strangers--;
+    e->trial = NULL;
+    e->failures = 0;
+    e->tried = 0;
+    netchan__io.next_tick = 0; /* its heartbeat begins */
+}
+
 /* ---- Bytes. The I/O thread calls these without netchan__net_lock. ---- */
 
-/* Encrypts what the session has to send and gives it to the socket, as far as both go. Returns false when the
- * connection is broken. */
+/* Encrypts what there is to send and gives it to the socket, as far as both go. Returns false when the connection is
+ * broken. */
 static bool netchan__conn_write(netchan__conn *c) {
     for (;;) {
         if (!netchan__flush_fd(c->fd, &c->stream.out)) return false;
-        if (!c->session || c->state < NETCHAN__GREETING || netchan__buf_size(&c->stream.out) >= NETCHAN__CIPHER_HIGH)
-            return true;
-        const uint8_t *data;
+        if (c->state != NETCHAN__SPEAKING || netchan__buf_size(&c->stream.out) >= NETCHAN__CIPHER_HIGH) return true;
         pthread_mutex_lock(&netchan__net_lock);
-        size_t size = netchan__session_output(c->session, &data);
-        if (size) memcpy(netchan__io.plain, data, size);
-        netchan__session_sent(c->session, size);
+        size_t size = netchan__wire_output(&c->wire, netchan__io.plain);
+        netchan__stats_sent(&c->endpoint->hub, size);
         netchan__io_unlock();
         if (!size) return true;
         pthread_mutex_lock(&netchan__tls_lock);
@@ -5178,30 +6156,43 @@ static bool netchan__conn_write(netchan__conn *c) {
     }
 }
 
-/* Decrypts what was received. Returns 0, or mbedTLS's error; a breach is found in the session. */
+/* Takes a step of the handshake, or decrypts a record. Returns the bytes of the record, 0 when the handshake is done,
+ * or an error of mbedTLS. */
+static int netchan__conn_step(netchan__conn *c) {
+    pthread_mutex_lock(&netchan__tls_lock);
+    bool shakes = c->state == NETCHAN__HANDSHAKING;
+    int n = shakes ? netchan__stream_handshake(&c->stream)
+                   : netchan__stream_read(&c->stream, netchan__io.plain, sizeof netchan__io.plain);
+    if (shakes && n == 0 && psa_generate_random(c->wire.fresh, sizeof c->wire.fresh) != PSA_SUCCESS)
+        n = MBEDTLS_ERR_SSL_INTERNAL_ERROR;
+    pthread_mutex_unlock(&netchan__tls_lock);
+    return n;
+}
+
+/* Decrypts what was received. Returns 0, or mbedTLS's error; for a failure of the link look at the wire. */
 static int netchan__conn_decrypt(netchan__conn *c) {
     for (;;) {
-        pthread_mutex_lock(&netchan__tls_lock);
-        int n = c->state == NETCHAN__HANDSHAKING
-                    ? netchan__stream_handshake(&c->stream)
-                    : netchan__stream_read(&c->stream, netchan__io.plain, sizeof netchan__io.plain);
-        pthread_mutex_unlock(&netchan__tls_lock);
+        int n = netchan__conn_step(c);
         if (n == MBEDTLS_ERR_SSL_WANT_READ) return 0;
         if (n < 0) return n;
+        uint64_t now = netchan__now_ns();
         pthread_mutex_lock(&netchan__net_lock);
-        bool going = true;
-        if (c->state == NETCHAN__HANDSHAKING) going = netchan__start_session(c);
-        else netchan__session_input(c->session, netchan__now_ns(), netchan__io.plain, (size_t)n);
-        bool over = going && (c->session->peer.breach || c->ended);
+        if (c->state == NETCHAN__HANDSHAKING) netchan__start_wire(c, now);
+        else {
+            netchan__stats_received(&c->endpoint->hub, (size_t)n);
+            netchan__wire_input(&c->wire, now, netchan__io.plain, (size_t)n);
+            netchan__note_up(c);
+            if (c->wire.ack_at) netchan__tick_before(c->wire.ack_at);
+        }
+        bool over = netchan__wire_over(&c->wire) != NULL;
         netchan__io_unlock();
-        if (!going) return MBEDTLS_ERR_SSL_ALLOC_FAILED;
         if (over) return 0;
     }
 }
 
 /* The socket is readable. Returns false when the connection is over; reason and fatal tell why. */
 static bool netchan__conn_read(netchan__conn *c, bool *fatal) {
-    for (int i = 0; i < 4 && !c->ended; i++) { /* then the others have their turn */
+    for (int i = 0; i < 4; i++) { /* then the others have their turn */
         ssize_t n = recv(c->fd, netchan__io.cipher, sizeof netchan__io.cipher, 0);
         if (n < 0 && errno == EINTR) continue;
         if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return true;
@@ -5218,10 +6209,9 @@ static bool netchan__conn_read(netchan__conn *c, bool *fatal) {
             return false;
         }
         pthread_mutex_lock(&netchan__net_lock);
-        bool over = c->session && c->session->peer.breach; /* a caller out of memory may just have set it */
+        bool over = netchan__wire_over(&c->wire) != NULL;
         pthread_mutex_unlock(&netchan__net_lock);
-        if (over) return false;
-        if ((size_t)n < sizeof netchan__io.cipher) return true;
+        if (over || (size_t)n < sizeof netchan__io.cipher) return true;
     }
     return true;
 }
@@ -5237,51 +6227,78 @@ static bool netchan__conn_connected(netchan__conn *c) {
     return true;
 }
 
-/* poll() has news of a connection, or its session something to send. Caller holds no lock. */
+/* A link that has failed is closed; with last words, when they have left. Caller holds netchan__net_lock. Returns
+ * whether it was. */
+static bool netchan__close_failed(netchan__conn *c, uint64_t now) {
+    netchan__wire *w = &c->wire;
+    if (!w->failure) return false;
+    if (!c->closing) {
+        c->closing = true;
+        c->deadline = netchan__after(now, NETCHAN__FLUSH_MS);
+        snprintf(c->reason, sizeof c->reason, "%s", w->failure);
+    }
+    bool flushed = !w->flush || (netchan__wire_idle(w) && !netchan__buf_size(&c->stream.out));
+    if (!flushed && now < c->deadline) {
+        netchan__tick_before(c->deadline);
+        return false;
+    }
+    netchan__close_conn(c, c->reason, false);
+    return true;
+}
+
+/* poll() has news of a connection, or there is something to send. Caller holds no lock. */
 static void netchan__conn_ready(netchan__conn *c, short events) {
     bool fatal = false, alive = true;
     if (c->state == NETCHAN__CONNECTING) {
         if (!(events & (POLLOUT | POLLERR | POLLHUP))) return;
         alive = netchan__conn_connected(c);
         if (alive && netchan__conn_decrypt(c)) alive = false; /* begins the handshake */
-    } else if (events & (POLLIN | POLLERR | POLLHUP)) alive = netchan__conn_read(c, &fatal);
+    } else if (!c->closing && !c->wire.paused && events & (POLLIN | POLLERR | POLLHUP))
+        alive = netchan__conn_read(c, &fatal);
+    pthread_mutex_lock(&netchan__net_lock);
+    netchan__session *s = c->wire.session;
+    if (s && s->peer.breach) netchan__end_session(s, s->peer.breach);
+    else if (s) netchan__check_farewell(s);
+    netchan__io_unlock();
     if (alive && !netchan__conn_write(c)) {
         alive = false;
         snprintf(c->reason, sizeof c->reason, "the connection broke");
     }
     pthread_mutex_lock(&netchan__net_lock);
-    const char *breach = c->session ? c->session->peer.breach : NULL;
-    netchan__answer_bye(c);
-    if (breach) snprintf(c->reason, sizeof c->reason, "%s", breach);
-    bool flushed = c->ended && netchan__session_idle(c->session) && !netchan__buf_size(&c->stream.out);
-    if (!alive || breach || flushed) netchan__close_conn(c, c->reason, fatal);
+    if (!netchan__close_failed(c, netchan__now_ns()) && !alive) netchan__close_conn(c, c->reason, fatal);
     netchan__io_unlock();
 }
 
 /* ---- Time. Caller holds netchan__net_lock. ---- */
 
 static void netchan__tick_conn(netchan__conn *c, uint64_t now) {
-    uint64_t next = c->deadline;
-    if (c->endpoint->stopping) {
-        netchan__close_conn(c, "this side hung up", false);
+    if (c->wire.failure && c->wire.flush && !netchan__wire_idle(&c->wire)) { /* last words */
+        netchan__io_unlock();
+        netchan__conn_ready(c, 0);
+        pthread_mutex_lock(&netchan__net_lock);
         return;
     }
-    if (c->ended && now >= c->deadline) {
-        netchan__close_conn(c, c->reason, false);
-        return;
-    }
-    if (c->state == NETCHAN__UP && !c->ended) next = netchan__session_tick(c->session, now);
-    else if (now >= c->deadline) {
+    if (netchan__close_failed(c, now) || c->closing) return;
+    if (!c->stranger) {
+        netchan__tick_before(netchan__wire_tick(&c->wire, now));
+        netchan__close_failed(c, now);
+    } else if (c->endpoint->stopping) netchan__close_conn(c, "this side hung up", false);
+    else if (now >= c->deadline)
         netchan__close_conn(c,
                             c->state == NETCHAN__CONNECTING ? "it did not answer in time"
                                                             : "it did not finish the handshake in time",
                             false);
-        return;
-    }
-    if (c->session && c->session->peer.breach) {
-        snprintf(c->reason, sizeof c->reason, "%s", c->session->peer.breach); /* which may stand in the session */
-        netchan__close_conn(c, c->reason, false);
-    } else if (next < netchan__io.next_tick) netchan__io.next_tick = next;
+    else netchan__tick_before(c->deadline);
+}
+
+static void netchan__tick_endpoint(netchan__endpoint *e, uint64_t now) {
+    if (e->stopping) netchan__hub_stop(&e->hub); /* a greeting may have ended meanwhile */
+    netchan__tick_before(netchan__hub_tick(&e->hub, now));
+    if (e->next_accept && now >= e->next_accept) e->next_accept = 0;
+    if (e->next_accept) netchan__tick_before(e->next_accept);
+    if (!netchan__hub_wants_wire(&e->hub) || e->stopping || e->trial || e->failure) return;
+    if (now >= e->next_dial) netchan__dial_now(e, now);
+    else netchan__tick_before(e->next_dial);
 }
 
 /* Looks at every deadline, and at endpoints that start or stop. */
@@ -5290,28 +6307,23 @@ static void netchan__tick(uint64_t now) {
     netchan__net.breached = false;
     if (now >= netchan__io.next_check) {
         netchan__check_claims(now);
-        netchan__io.next_check = now + NETCHAN__CHECK_MS * (uint64_t)1000000;
-    }
-    netchan__conn *next_conn;
-    for (netchan__conn *c = netchan__io.conns; c; c = next_conn) {
-        next_conn = c->next;
-        netchan__tick_conn(c, now);
+        netchan__io.next_check = netchan__after(now, NETCHAN__CHECK_MS);
     }
     for (netchan__endpoint **at = &netchan__io.endpoints, *e = *at; e; e = *at) {
-        if (e->stopping && !e->strangers && !e->peers && netchan__io.logs) {
-            netchan__io.next_tick = 0; /* its log is written first */
-        } else if (e->stopping && !e->strangers && !e->peers) {
+        if (e->stopping && !e->conns && netchan__logs) netchan__io.next_tick = 0; /* its log is written first */
+        else if (e->stopping && !e->conns) {
             *at = e->next;
             e->gone = true;
             pthread_cond_broadcast(&e->changed);
             continue;
         }
         at = &e->next;
-        if (e->next_accept && now >= e->next_accept) e->next_accept = 0;
-        if (e->next_accept && e->next_accept < netchan__io.next_tick) netchan__io.next_tick = e->next_accept;
-        if (!e->dials || e->stopping || e->conn || e->failure) continue;
-        if (now >= e->next_dial) netchan__dial_now(e, now);
-        else if (e->next_dial < netchan__io.next_tick) netchan__io.next_tick = e->next_dial;
+        netchan__tick_endpoint(e, now);
+    }
+    netchan__conn *next_conn;
+    for (netchan__conn *c = netchan__io.conns; c; c = next_conn) {
+        next_conn = c->next;
+        netchan__tick_conn(c, now);
     }
 }
 
@@ -5321,20 +6333,13 @@ static bool netchan__poll_room(size_t count) {
     if (count <= netchan__io.poll_room) return true;
     size_t room = count * 2;
     struct pollfd *polls = (struct pollfd *)netchan__alloc(room * sizeof *polls);
-    netchan__conn **polled = (netchan__conn **)netchan__alloc(room * sizeof *polled);
-    netchan__endpoint **listeners = (netchan__endpoint **)netchan__alloc(room * sizeof *listeners);
-    if (!polls || !polled || !listeners) {
-        NETCHAN_FREE(polls);
-        NETCHAN_FREE(polled);
-        NETCHAN_FREE(listeners);
-        return false;
-    }
-    NETCHAN_FREE(netchan__io.polls);
-    NETCHAN_FREE(netchan__io.polled);
-    NETCHAN_FREE(netchan__io.listeners);
+    netchan__watched *watched = (netchan__watched *)netchan__alloc(room * sizeof *watched);
+    bool made = polls && watched;
+    NETCHAN_FREE(made ? netchan__io.polls : polls);
+    NETCHAN_FREE(made ? netchan__io.watched : watched);
+    if (!made) return false;
     netchan__io.polls = polls;
-    netchan__io.polled = polled;
-    netchan__io.listeners = listeners;
+    netchan__io.watched = watched;
     netchan__io.poll_room = room;
     return true;
 }
@@ -5343,8 +6348,14 @@ static void netchan__poll_add(size_t i, int fd, short events, netchan__conn *c, 
     netchan__io.polls[i].fd = fd;
     netchan__io.polls[i].events = events;
     netchan__io.polls[i].revents = 0;
-    netchan__io.polled[i] = c;
-    netchan__io.listeners[i] = e;
+    netchan__io.watched[i].conn = c;
+    netchan__io.watched[i].listener = e;
+}
+
+/* Who hangs up leaves strangers to its successor, unless one of them may be a peer that comes back. */
+static bool netchan__accepts(const netchan__endpoint *e) {
+    const netchan__hub *h = &e->hub;
+    return !h->dials && !e->stopping && !e->next_accept && (!h->hanging_up || h->peers);
 }
 
 /* Fills the arrays for poll(); when memory is short, as far as they go. Returns how many. */
@@ -5355,12 +6366,12 @@ static size_t netchan__collect_polls(void) {
     if (!netchan__poll_room(count)) count = netchan__io.poll_room;
     netchan__poll_add(n++, netchan__io.wake_read, POLLIN, NULL, NULL);
     for (netchan__endpoint *e = netchan__io.endpoints; e && n < count; e = e->next)
-        if (!e->dials && !e->stopping && !e->hanging_up && !e->next_accept)
-            netchan__poll_add(n++, e->fd, POLLIN, NULL, e);
+        if (netchan__accepts(e)) netchan__poll_add(n++, e->fd, POLLIN, NULL, e);
     for (netchan__conn *c = netchan__io.conns; c && n < count; c = c->next) {
         bool writes = c->state == NETCHAN__CONNECTING || netchan__buf_size(&c->stream.out);
-        bool reads = c->state != NETCHAN__CONNECTING && !c->ended;
-        netchan__poll_add(n++, c->fd, (short)((reads ? POLLIN : 0) | (writes ? POLLOUT : 0)), c, NULL);
+        bool reads = c->state != NETCHAN__CONNECTING && !c->closing;
+        int fd = c->wire.paused ? -1 : c->fd; /* not even its end is news then */
+        netchan__poll_add(n++, fd, (short)((reads ? POLLIN : 0) | (writes ? POLLOUT : 0)), c, NULL);
     }
     return n;
 }
@@ -5372,12 +6383,14 @@ static void netchan__drain_wake(void) {
 
 /* Gives the sessions that have something new to send to their connections. */
 static void netchan__send_pending(void) {
-    while (netchan__pending) {
-        netchan__session *s = netchan__pending;
-        netchan__pending = s->next_pending;
+    while (netchan__net.pending) {
+        netchan__session *s = netchan__net.pending;
+        netchan__net.pending = s->next_pending;
         s->is_pending = false;
+        if (!s->wire || s->wire->paused) continue;
+        netchan__conn *c = (netchan__conn *)s->wire->owner;
         netchan__io_unlock();
-        netchan__conn_ready((netchan__conn *)s->owner, 0);
+        netchan__conn_ready(c, 0);
         pthread_mutex_lock(&netchan__net_lock);
     }
 }
@@ -5389,10 +6402,12 @@ static void *netchan__io_main(void *arg) {
         if (now >= netchan__io.next_tick || netchan__net.breached) netchan__tick(now);
         netchan__settle();
         netchan__send_pending();
-        for (netchan__endpoint *e = netchan__io.endpoints; e; e = e->next)
-            if (e->hanging_up) pthread_cond_broadcast(&e->changed); /* what it waits for may have been sent */
+        for (netchan__endpoint *e = netchan__io.endpoints; e; e = e->next) {
+            if (e->hub.hanging_up || e->hub.news) pthread_cond_broadcast(&e->changed);
+            e->hub.news = false;
+        }
         netchan__write_logs();
-        if (netchan__pending || netchan__io.stop || netchan__io.next_tick == 0) continue;
+        if (netchan__net.pending || netchan__io.stop || netchan__io.next_tick == 0) continue;
         size_t count = netchan__collect_polls();
         uint64_t next = netchan__io.next_tick;
         int wait_ms = next == UINT64_MAX          ? -1
@@ -5408,12 +6423,13 @@ static void *netchan__io_main(void *arg) {
         for (size_t i = 1; i < count; i++) { /* closing a connection removes no other */
             short events = netchan__io.polls[i].revents;
             if (!events) continue;
-            if (netchan__io.listeners[i]) {
-                netchan__accept_all(netchan__io.listeners[i]);
+            netchan__watched watched = netchan__io.watched[i];
+            if (watched.listener) {
+                netchan__accept_all(watched.listener);
                 continue;
             }
             netchan__io_unlock();
-            netchan__conn_ready(netchan__io.polled[i], events);
+            netchan__conn_ready(watched.conn, events);
             pthread_mutex_lock(&netchan__net_lock);
         }
     }
@@ -5467,53 +6483,17 @@ static void netchan__io_stop(void) {
     close(netchan__io.wake_read);
     close(netchan__net.wake_fd);
     NETCHAN_FREE(netchan__io.polls);
-    NETCHAN_FREE(netchan__io.polled);
-    NETCHAN_FREE(netchan__io.listeners);
+    NETCHAN_FREE(netchan__io.watched);
     netchan__io.polls = NULL;
-    netchan__io.polled = NULL;
-    netchan__io.listeners = NULL;
+    netchan__io.watched = NULL;
     netchan__io.poll_room = 0;
     netchan__map_free(&netchan__net.waiters);
     netchan__map_free(&netchan__net.matches);
 }
 
 /* ====================================================================================================================
- * [13] Links: listen, dial, hang up. Net.
+ * [14] Links: listen, dial, hang up. Net.
  * ================================================================================================================== */
-
-static size_t netchan__or(size_t value, size_t fallback) {
-    return value ? value : fallback;
-}
-
-static int netchan__or_int(int value, int fallback) {
-    return value ? value : fallback;
-}
-
-static int netchan__fill_options(netchan_options *o) {
-    o->max_message = netchan__or(o->max_message, (size_t)128 << 20);
-    o->max_memory = netchan__or(o->max_memory, 2 * o->max_message);
-    o->max_ops = netchan__or(o->max_ops, 65536);
-    o->max_peers = netchan__or(o->max_peers, 10000);
-    o->connect_ms = netchan__or_int(o->connect_ms, 10000);
-    o->linger_ms = netchan__or_int(o->linger_ms, 5000);
-    o->ping_ms = netchan__or_int(o->ping_ms, 5000);
-    if (o->max_memory / 2 < o->max_message || o->max_message > SIZE_MAX / 4)
-        return netchan__fail(NETCHAN_EINVAL, "options.max_memory must be at least twice options.max_message");
-    if (o->ping_ms < 0) return netchan__fail(NETCHAN_EINVAL, "options.ping_ms must not be negative");
-    if (o->buffer > SIZE_MAX / 4) return netchan__fail(NETCHAN_EINVAL, "options.buffer is too large");
-    return NETCHAN_OK;
-}
-
-/* A channel of a link: one direction only, under netchan__net_lock from its first day. */
-static netchan *netchan__make_link_channel(size_t capacity, bool sends) {
-    netchan *ch = netchan_make(capacity);
-    if (!ch) return NULL;
-    ch->lock = &netchan__net_lock;
-    ch->may_send = sends;
-    ch->may_receive = !sends;
-    ch->plain = true;
-    return ch;
-}
 
 /* Caller holds netchan__tls_lock; the first link waits for this, so that nobody reads while it is written. */
 static int netchan__name_process(void) {
@@ -5526,31 +6506,13 @@ static int netchan__name_process(void) {
 }
 
 static void netchan__free_endpoint(netchan__endpoint *e) {
-    netchan_free(e->link.send);
-    netchan_free(e->link.recv);
-    netchan_free(e->link.events);
+    netchan__hub_free(&e->hub);
     if (e->fd >= 0) close(e->fd);
     pthread_mutex_lock(&netchan__tls_lock);
     netchan__tls_free(&e->tls);
     pthread_mutex_unlock(&netchan__tls_lock);
     pthread_cond_destroy(&e->changed);
     NETCHAN_FREE(e);
-}
-
-static int netchan__make_channels(netchan__endpoint *e) {
-    netchan_link *link = &e->link;
-    link->send = netchan__make_link_channel(e->options.buffer, true);
-    link->recv = netchan__make_link_channel(0, false);
-    link->events = netchan__make_link_channel(NETCHAN__EVENTS_MAX, false);
-    if (!link->send || !link->recv || !link->events) return NETCHAN_ENOMEM;
-    if (e->dials) {
-        link->send->is_end = link->recv->is_end = true;
-        link->recv->channel = 1;
-    } else {
-        link->recv->is_merge = true;
-        link->recv->lanes = NULL;
-    }
-    return NETCHAN_OK;
 }
 
 /* What listen and dial have in common: everything but the sockets. */
@@ -5560,19 +6522,16 @@ static netchan__endpoint *netchan__make_endpoint(const netchan_options *options,
         netchan__fail_memory("opening a link");
         return NULL;
     }
-    e->fd = -1;
-    e->dials = dials;
-    if (options) e->options = *options;
-    e->link.address = e->address;
+    e->fd = e->hub.link.listen_fd = -1;
+    e->hub.link.address = e->address;
     netchan__cond_init(&e->changed);
-    int result = netchan__fill_options(&e->options);
+    int result = netchan__hub_make(&e->hub, options, dials);
     if (result == NETCHAN_OK) {
         pthread_mutex_lock(&netchan__tls_lock);
-        result = netchan__tls_make(&e->tls, &e->options, dials);
+        result = netchan__tls_make(&e->tls, &e->hub.options, dials);
         if (result == NETCHAN_OK) result = netchan__name_process();
         pthread_mutex_unlock(&netchan__tls_lock);
     }
-    if (result == NETCHAN_OK) result = netchan__make_channels(e);
     if (result == NETCHAN_OK) return e;
     netchan__free_endpoint(e);
     return NULL;
@@ -5597,6 +6556,7 @@ static int netchan__start_endpoint(netchan__endpoint *e) {
 static void netchan__stop_endpoint(netchan__endpoint *e) {
     pthread_mutex_lock(&netchan__net_lock);
     e->stopping = true;
+    netchan__hub_stop(&e->hub);
     netchan__wake_io();
     netchan__unlock_one(&netchan__net_lock);
     pthread_mutex_lock(&netchan__net_lock);
@@ -5611,27 +6571,31 @@ NETCHANDEF netchan_link *netchan_listen(const char *address, const netchan_optio
     netchan__address bound;
     netchan__endpoint *e = netchan__make_endpoint(options, false);
     if (!e) return NULL;
-    e->fd = netchan__listen_socket(address, &bound);
-    if (e->fd >= 0) netchan__print_address(&bound, e->address, sizeof e->address);
-    if (e->fd >= 0 && netchan__start_endpoint(e) == NETCHAN_OK) return &e->link;
+    bool inherits = e->hub.options.listen_fd != 0;
+    int fd = inherits ? netchan__adopt_socket(e->hub.options.listen_fd, &bound)
+                      : netchan__listen_socket(address, &bound);
+    if (fd >= 0) netchan__print_address(&bound, e->address, sizeof e->address);
+    e->fd = e->hub.link.listen_fd = fd;
+    if (fd >= 0 && netchan__start_endpoint(e) == NETCHAN_OK) return &e->hub.link;
+    if (inherits) e->fd = -1; /* it stays the caller's */
     netchan__free_endpoint(e);
     return NULL;
 }
 
 /* Waits for the first connection. */
 static int netchan__wait_up(netchan__endpoint *e) {
-    uint64_t deadline = netchan__deadline(e->options.connect_ms);
+    uint64_t deadline = netchan__deadline(e->hub.options.connect_ms);
     bool in_time = true;
     pthread_mutex_lock(&netchan__net_lock);
-    while (!e->was_up && !e->failure && in_time)
+    while (!e->hub.was_up && !e->failure && in_time)
         in_time = netchan__cond_wait(&e->changed, &netchan__net_lock, deadline);
-    int result = e->was_up ? NETCHAN_OK : e->failure ? e->failure : NETCHAN_ETIMEDOUT;
-    if (e->failure && !e->was_up)
+    int result = e->hub.was_up ? NETCHAN_OK : e->failure ? e->failure : NETCHAN_ETIMEDOUT;
+    if (e->failure && !e->hub.was_up)
         netchan__fail(result, "netchan_dial(\"%.200s\"): %.290s", e->address, e->failure_text);
     else if (result == NETCHAN_ETIMEDOUT)
         netchan__fail(result,
                       "netchan_dial(\"%.200s\"): no connection within %d ms; is a listener there? Last failure: %.250s",
-                      e->address, e->options.connect_ms, e->failure_text[0] ? e->failure_text : "no answer");
+                      e->address, e->hub.options.connect_ms, e->failure_text[0] ? e->failure_text : "no answer");
     netchan__unlock_one(&netchan__net_lock);
     return result;
 }
@@ -5639,12 +6603,12 @@ static int netchan__wait_up(netchan__endpoint *e) {
 NETCHANDEF netchan_link *netchan_dial(const char *address, const netchan_options *options) {
     netchan__endpoint *e = netchan__make_endpoint(options, true);
     if (!e) return NULL;
-    int count = netchan__resolve(address, false, e->addresses, NETCHAN__ADDRESSES_MAX);
+    int count = netchan__resolve_list(address, e->addresses, NETCHAN__ADDRESSES_MAX);
     if (count > 0) {
         snprintf(e->address, sizeof e->address, "%s", address);
-        e->address_count = (size_t)count;
+        e->hub.addresses = (size_t)count;
         if (netchan__start_endpoint(e) == NETCHAN_OK) {
-            if (netchan__wait_up(e) == NETCHAN_OK) return &e->link;
+            if (netchan__wait_up(e) == NETCHAN_OK) return &e->hub.link;
             netchan__stop_endpoint(e);
         }
     }
@@ -5652,44 +6616,10 @@ NETCHANDEF netchan_link *netchan_dial(const char *address, const netchan_options
     return NULL;
 }
 
-/* Ends the operations that wait on the channel, now and from now on; those that are being committed go on. Caller holds
- * netchan__net_lock. */
-static void netchan__shut(netchan *ch) {
-    if (!ch->closing) ch->close_sent = true; /* the farewell says it */
-    ch->closing = ch->closed = ch->lane.closing = true;
-    netchan__end_waiters(&ch->lane.senders);
-    netchan__end_waiters(&ch->receivers);
-}
-
-/* Nothing new begins on the link's channels. */
-static void netchan__shut_link(netchan__endpoint *e) {
-    for (netchan__peer *p = netchan__net.peers; p; p = p->next_peer)
-        if (p->work == e->link.send) netchan__leave(p);
-    netchan__shut(e->link.send);
-    netchan__shut(e->link.recv);
-    e->shut = true;
-}
-
-/* Whether all that was sent on the link is known to have arrived; says farewell to the other sides on the way. */
-static bool netchan__drained(netchan__endpoint *e) {
-    netchan *send = e->link.send;
-    if (e->dials) {
-        if (!e->session) return send->backlog_count == 0;
-        if (!send->backlog_count && !e->session->parcels) netchan__emit_bye(e->session);
-        return false; /* the session ends with the answer */
-    }
-    if (!e->shut && (send->lane.count || send->matches)) return false;
-    if (!e->shut) netchan__shut_link(e);
-    for (netchan__peer *p = netchan__net.peers; p; p = p->next_peer)
-        if (p->work == send && !p->waiters.count) netchan__emit_bye(netchan__session_of(p));
-    return e->peers == 0;
-}
-
 /* Waits until everything is delivered or the time is up. */
-static void netchan__drain(netchan__endpoint *e) {
-    uint64_t deadline = netchan__deadline(e->options.linger_ms);
+static void netchan__drain(netchan__endpoint *e, uint64_t deadline) {
     bool in_time = true;
-    while (!netchan__drained(e) && in_time) {
+    while (!netchan__drained(&e->hub) && in_time) {
         if (netchan__net.wake) { /* the farewells want to leave */
             netchan__unlock_one(&netchan__net_lock);
             pthread_mutex_lock(&netchan__net_lock);
@@ -5701,30 +6631,18 @@ NETCHANDEF int netchan_hangup(netchan_link *link, netchan_report *report) {
     netchan__endpoint *e = (netchan__endpoint *)(void *)link;
     if (!e) return NETCHAN_OK;
     pthread_mutex_lock(&netchan__net_lock);
-    e->hanging_up = true;
+    e->hub.hanging_up = true;
     netchan__wake_io(); /* no new peers */
-    if (e->dials) netchan__shut_link(e);
-    netchan__drain(e);
-    if (!e->shut) netchan__shut_link(e);
+    int ms = e->hub.options.linger_ms;
+    uint64_t deadline = netchan__deadline(ms);
+    if (e->hub.dials) netchan__shut_link(&e->hub);
+    netchan__drain(e, netchan__deadline(ms < 0 ? ms : ms - ms / 4));
+    if (!e->hub.shut) netchan__shut_link(&e->hub);
+    netchan__drain(e, deadline); /* for a listener's farewells, and what goes back */
     netchan__unlock_one(&netchan__net_lock);
     netchan__stop_endpoint(e);
     pthread_mutex_lock(&netchan__net_lock);
-    netchan__shut(e->link.send); /* what waited for the fate of a value */
-    netchan__shut(e->link.events);
-    netchan__lane *next;
-    for (netchan__lane *lane = e->dials ? NULL : e->link.recv->lanes; lane; lane = next) {
-        next = lane->next;
-        lane->endpoint = NULL;
-        netchan__lane_clear(lane);
-        netchan__retire_lane(lane); /* one that is still being matched goes when that is over */
-    }
-    netchan_report r = {e->link.send->backlog_count, (size_t)e->unknown};
-    netchan__lane *left = &e->link.send->lane; /* the listener's buffer; at an end it is empty */
-    for (size_t i = 0; i < left->count; i++) {
-        bool redelivered = left->slots[(left->first + i) & (left->room - 1)].redelivered;
-        if (redelivered) r.unknown++;
-        else r.undelivered++;
-    }
+    netchan_report r = netchan__hub_close(&e->hub);
     netchan__unlock_one(&netchan__net_lock);
     if (report) *report = r;
     netchan__free_endpoint(e);
@@ -5733,6 +6651,14 @@ NETCHANDEF int netchan_hangup(netchan_link *link, netchan_report *report) {
                                "netchan_hangup: %zu values were not delivered, of %zu only the peer knew",
                                r.undelivered, r.unknown)
                : NETCHAN_OK;
+}
+
+NETCHANDEF int netchan_get_stats(netchan_link *link, netchan_stats *stats) {
+    if (!link || !stats) return netchan__fail(NETCHAN_EINVAL, "netchan_get_stats: the link or the place is NULL");
+    pthread_mutex_lock(&netchan__net_lock);
+    *stats = netchan__hub_stats((netchan__hub *)(void *)link);
+    pthread_mutex_unlock(&netchan__net_lock);
+    return NETCHAN_OK;
 }
 
 #ifdef __cplusplus
@@ -5744,7 +6670,8 @@ NETCHANDEF int netchan_hangup(netchan_link *link, netchan_report *report) {
 /*
  * REVISION HISTORY
  *
- *   0.1.0  Values, local channels, select; links over TLS 1.3 with shared_key, pin or insecure; work queue and merge.
+ *   0.1.0  Values, local channels, select; links over TLS 1.3 with shared_key, pin or insecure; work queue and merge;
+ *          sessions that survive their links.
  *
  * LICENCE
  *

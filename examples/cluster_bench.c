@@ -51,7 +51,7 @@ static void serve(bool sending) {
         if (i < 0 && i != NETCHAN_ETIMEDOUT) fail(netchan_errmsg());
         if (i == 0) sent += c[0].result == NETCHAN_OK;
         if (i == 1) received += c[1].result == NETCHAN_OK;
-        if (i == 2) clients += is(&event, "up") - is(&event, "down");
+        if (i == 2) clients += is(&event, "up") - is(&event, "drained") - is(&event, "lost");
     }
     printf("Sent: %lld, Received: %lld, Processed: %lld, Not received: %lld, Clients connected: %lld\n", sent, received,
            sent + received, sent - received, clients);

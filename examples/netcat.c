@@ -20,17 +20,17 @@ static void fail(const char *why) {
     exit(1);
 }
 
-/* Lets the case happen. The library would go on over the next connection, but the rest of a file is no use to somebody else. */
+/* Lets the case happen. A link may break and come back. But the rest of a file is no use to somebody else. */
 static void step(netchan_link *link, netchan_case what) {
     static uint64_t peer;
     netchan_value event;
     netchan_case c[] = {what, netchan_case_recv(link->events, &event)};
     for (int i; (i = netchan_select(c, 2, NETCHAN_FOREVER)) != 0; netchan_clear(&event)) {
         if (i < 0) fail(netchan_errmsg());
-        if (strcmp(netchan_as_str(netchan_get(&event, "event"), ""), "down") == 0) fail("the link broke");
+        if (strcmp(netchan_as_str(netchan_get(&event, "event"), ""), "lost") == 0) fail("the other side is gone");
     }
     if (c[0].result != NETCHAN_OK) fail(netchan_strerror(c[0].result));
-    if (peer && c[0].peer.id != peer) fail("the link broke");
+    if (peer && c[0].peer.id != peer) fail("the other side is gone");
     peer = c[0].peer.id;
 }
 
@@ -65,6 +65,7 @@ int main(int argc, char **argv) {
     netchan_options o = {0};
     o.shared_key = getenv("NETCHAN_KEY");
     o.max_peers = 1;
+    o.resume_ms = 5000; /* nobody wants to wait longer when the other netcat was killed */
     netchan_link *link = listens ? netchan_listen(argv[2], &o) : netchan_dial(argv[2], &o);
     if (!link) fail(netchan_errmsg());
 

@@ -94,7 +94,7 @@ static int wait_for(netchan_link *link, netchan_case what) {
         if (i < 0) fail(i == NETCHAN_ETIMEDOUT ? "the boss is gone" : netchan_errmsg());
         if (i == 0) return c[0].result;
         const char *name = netchan_as_str(netchan_get(&event, "event"), "");
-        if (strcmp(name, "up") == 0) timeout_ms = NETCHAN_FOREVER;
+        if (strcmp(name, "up") == 0 || strcmp(name, "resumed") == 0) timeout_ms = NETCHAN_FOREVER;
         if (strcmp(name, "down") == 0) timeout_ms = PATIENCE_MS;
         netchan_clear(&event);
     }
@@ -183,12 +183,12 @@ static void merge(const netchan_value *reply) {
 
 static void happened(const netchan_value *event) {
     const char *name = netchan_as_str(netchan_get(event, "event"), "");
-    bool up = strcmp(name, "up") == 0, down = strcmp(name, "down") == 0;
+    bool up = strcmp(name, "up") == 0, gone = strcmp(name, "lost") == 0 || strcmp(name, "drained") == 0;
     bool dropped = netchan_as_uint(netchan_get(event, "dropped"), 0) > 0; /* then anybody may be gone */
     uint64_t peer = netchan_as_uint(netchan_get(event, "peer"), 0);
     workers += up;
-    workers -= down && workers > 0;
-    for (size_t i = 0; (down || dropped) && i < count; i++)
+    workers -= gone && workers > 0;
+    for (size_t i = 0; (gone || dropped) && i < count; i++)
         if (tasks[i].peer && !tasks[i].answered && (dropped || tasks[i].peer == peer)) {
             tasks[i].peer = 0;
             if (i < next) next = i;
@@ -277,6 +277,7 @@ int main(int argc, char **argv) {
     netchan_options o = {0};
     o.shared_key = getenv("NETCHAN_KEY");
     o.connect_ms = PATIENCE_MS;
+    o.resume_ms = 1000; /* a link may break, but what a dead worker has not answered must not wait long for it */
     netchan_link *link = leads ? netchan_listen(argv[2], &o) : netchan_dial(argv[2], &o);
     if (!link) fail(netchan_errmsg());
     return leads ? boss(link, argc - 3) : work(link);

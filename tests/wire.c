@@ -3,6 +3,7 @@
  * the same listener must not notice. mbedTLS is called from one thread at a time, so the raw side takes the lock that
  * netchan.h takes. */
 #include "alloc.h"
+#define NETCHAN_WINDOW 100000
 #define NETCHAN_IMPLEMENTATION
 #include "netchan.h"
 #include "test.h"
@@ -15,7 +16,9 @@ enum { LESS = 1 };
 
 enum {
     LONG = 20000, /* ms: a wait that a right implementation ends much sooner; it fails the test instead of hanging it */
-    SHORT = 30    /* ms: time for something wrong to happen */
+    SHORT = 30,   /* ms: time for something wrong to happen */
+    RESUME_MS = 300,
+    WINDOW = NETCHAN_WINDOW
 };
 
 static const char KEY[] = "8f1c6d0b53a94e7720c1b7fd4a6e985f3d20e1b4c75a69887716253f4e0dac9b";
@@ -24,9 +27,9 @@ static const char OTHER_KEY[] = "0a9b8c7d6e5f4a3b2c1d0e9f8a7b6c5d4e3f2a1b0c9d8e7
 /* --- bytes: an encoder of its own --------------------------------------------------------------------------------- */
 
 enum {
-    HELLO = 0x01, PING, PONG, BYE,
+    HELLO = 0x01, PING, PONG, BYE, ACK, RESUME, RESUMED, REFUSED,
     OFFER = 0x10, DEMAND, WITHDRAW, GRANT, DECLINE, TAKEN, DATA, CLOSE, FRAGMENT,
-    CLAIM = 0x20, COMMIT, RELEASE, ACCEPT, WITHDRAWN, CREDIT, CLOSED
+    CLAIM = 0x20, COMMIT, RELEASE, ACCEPT, WITHDRAWN, CREDIT, CLOSED, RETURN
 };
 enum { MULTI = 1, TRY = 2, FIRM = 4, HERE = 8 };
 enum { FINAL = 1, REDELIVERED = 2 };
@@ -72,11 +75,12 @@ static void put_frame(bytes *b, unsigned type, const uint64_t *numbers, size_t c
 typedef struct greeting {
     const char *magic;
     uint64_t version, max_message, max_memory, max_ops, ping_ms, capacity;
-    unsigned process; /* each byte of the process id */
+    unsigned process;            /* each byte of the process id */
+    const uint8_t *id, *secret; /* only a listener's */
 } greeting;
 
 static greeting good_greeting(void) {
-    greeting g = {"netchan", 1, 1 << 20, 1 << 22, 100, 5000, 0, 0xee};
+    greeting g = {"netchan", 1, 1 << 20, 1 << 22, 100, 5000, 0, 0xee, NULL, NULL};
     return g;
 }
 
@@ -91,6 +95,8 @@ static void put_greeting(bytes *b, const greeting *g) {
     put_number(&body, g->max_ops);
     put_number(&body, g->ping_ms);
     put_number(&body, g->capacity);
+    if (g->id) put_bytes(&body, g->id, 16);
+    if (g->id) put_bytes(&body, g->secret, 32);
     put_frame(b, HELLO, NULL, 0, body.data, body.size);
 }
 
@@ -110,6 +116,9 @@ typedef struct raw {
     const char *protocols[2];
     uint8_t in[65536];
     size_t in_size;
+    uint64_t received, acked;       /* frames that are numbered: that came; that the other side has */
+    uint8_t binding[32];            /* of this connection */
+    uint8_t id[16], secret[32];     /* of the session that it greeted */
 } raw;
 
 static uint16_t port_of(const char *address) {
@@ -147,6 +156,19 @@ static int push(void *arg, const unsigned char *data, size_t size) {
     return errno == EAGAIN || errno == EWOULDBLOCK ? MBEDTLS_ERR_SSL_WANT_WRITE : MBEDTLS_ERR_SSL_CONN_EOF;
 }
 
+/* The binding of the WIRE section. */
+static void export_key(void *arg, mbedtls_ssl_key_export_type type, const unsigned char *secret, size_t size,
+                       const unsigned char *client_random, const unsigned char *server_random,
+                       mbedtls_tls_prf_types prf) {
+    bytes text;
+    (void)client_random, (void)server_random, (void)prf;
+    if (type != MBEDTLS_SSL_KEY_EXPORT_TLS1_3_CLIENT_APPLICATION_TRAFFIC_SECRET) return;
+    text.size = 0;
+    PUT_TEXT(&text, "netchan/1 link");
+    put_bytes(&text, secret, size);
+    CHECK_INT(mbedtls_sha256(text.data, text.size, ((raw *)arg)->binding, 0), 0);
+}
+
 /* The shared secret as TLS sees it: SHA-256 of a label with its NUL and of the key. */
 static void set_key(raw *r, const badge *b) {
     const char *key = b->key ? b->key : KEY, *identity = b->identity ? b->identity : "netchan";
@@ -178,6 +200,7 @@ static void set_up_tls(raw *r, const badge *b, bool server) {
     CHECK_INT(mbedtls_ssl_setup(&r->ssl, &r->conf), 0);
     CHECK_INT(mbedtls_ssl_set_hostname(&r->ssl, NULL), 0);
     mbedtls_ssl_set_bio(&r->ssl, r, push, pull, NULL);
+    mbedtls_ssl_set_export_keys_cb(&r->ssl, export_key, r);
     pthread_mutex_unlock(&netchan__tls_lock);
     r->tls = true;
 }
@@ -300,13 +323,25 @@ static bool raw_frame(raw *r, frame *f) {
     memcpy(f->body, r->in + head + 1, f->size);
     r->in_size -= head + (size_t)length;
     memmove(r->in, r->in + head + length, r->in_size);
+    if (f->type >= BYE && (f->type < ACK || f->type > REFUSED)) r->received++;
+    if (f->type == ACK) {
+        uint64_t acked;
+        CHECK(get_number_from(f->body, f->size, &f->at, &acked) && acked > r->acked);
+        r->acked = acked;
+        f->at = 0;
+    }
     return true;
 }
 
-/* The next frame but for heartbeats is of this type, and begins with these numbers. */
-static void check_frame(raw *r, frame *f, unsigned type, const uint64_t *numbers, size_t count) {
+/* The next frame, but for heartbeats and acknowledgements, unless one is waited for. */
+static void next_frame(raw *r, frame *f, unsigned type) {
     do CHECK(raw_frame(r, f));
-    while (f->type == PING && type != PING);
+    while ((f->type == PING && type != PING) || (f->type == ACK && type != ACK));
+}
+
+/* It is of this type, and begins with these numbers. */
+static void check_frame(raw *r, frame *f, unsigned type, const uint64_t *numbers, size_t count) {
+    next_frame(r, f, type);
     CHECK_INT(f->type, type);
     for (size_t i = 0; i < count; i++) CHECK_INT(get_number(f), numbers[i]);
 }
@@ -318,16 +353,36 @@ static void check_rest(const frame *f, const void *data, size_t size) {
     CHECK(memcmp(f->body + f->at, data, size) == 0);
 }
 
-/* Nothing more was said than what was read: an answer to this question is the next frame. */
-static void check_quiet(raw *r) {
+static void raw_say(raw *r, bytes *b) {
+    CHECK(raw_send(r, b->data, b->size));
+    b->size = 0;
+}
+
+/* Asks, and returns the number of the question. */
+static uint64_t raw_ask(raw *r) {
     static uint64_t question = 1000;
     bytes b;
-    frame f;
     b.size = 0;
-    question++;
-    PUT(&b, PING, question);
-    CHECK(raw_send(r, b.data, b.size));
-    EXPECT(r, &f, PONG, question);
+    PUT(&b, PING, ++question);
+    raw_say(r, &b);
+    return question;
+}
+
+/* Nothing more was said than what was read. An answer may go before frames, but not before those that waited when the
+ * last answer went. */
+static void check_quiet(raw *r) {
+    frame f;
+    for (int i = 0; i < 2; i++) {
+        uint64_t question = raw_ask(r);
+        EXPECT(r, &f, PONG, question);
+    }
+}
+
+/* So many of our frames, and no more, are known to have arrived. */
+static void wait_acked(raw *r, uint64_t count) {
+    frame f;
+    while (r->acked < count) CHECK(raw_frame(r, &f));
+    CHECK_INT(r->acked, count);
 }
 
 /* Greets and is greeted. Returns the capacity that was granted. */
@@ -344,7 +399,11 @@ static uint64_t raw_greet(raw *r, const greeting *g) {
     CHECK_INT(get_number(&f), 1);
     f.at += 16;
     for (int i = 0; i < 4; i++) CHECK(get_number(&f) > 0);
-    return get_number(&f);
+    uint64_t capacity = get_number(&f);
+    CHECK(f.size - f.at >= 48);
+    memcpy(r->id, f.body + f.at, 16);
+    memcpy(r->secret, f.body + f.at + 16, 32);
+    return capacity;
 }
 
 static raw *raw_join(const char *address, uint64_t capacity) {
@@ -355,9 +414,12 @@ static raw *raw_join(const char *address, uint64_t capacity) {
     return r;
 }
 
-static void raw_say(raw *r, bytes *b) {
-    CHECK(raw_send(r, b->data, b->size));
-    b->size = 0;
+/* All that came was received. */
+static void raw_ack(raw *r) {
+    bytes b;
+    b.size = 0;
+    PUT(&b, ACK, r->received);
+    raw_say(r, &b);
 }
 
 /* --- the listener and its good peer ------------------------------------------------------------------------------- */
@@ -371,6 +433,7 @@ static netchan_options options(void) {
     memset(&o, 0, sizeof o);
     o.shared_key = KEY;
     o.connect_ms = o.linger_ms = LONG;
+    o.resume_ms = RESUME_MS;
     return o;
 }
 
@@ -456,7 +519,8 @@ static void wait_event(netchan_link *link, const char *name, const char *word) {
         netchan_value v;
         CHECK_INT(netchan_recv(link->events, &v, LONG), NETCHAN_OK);
         found = strcmp(netchan_as_str(netchan_get(&v, "event"), ""), name) == 0;
-        const char *reason = netchan_as_str(netchan_get(&v, "reason"), "");
+        const char *reason = netchan_as_str(netchan_get(&v, "reason"), ""), *gone = "did not come back";
+        if (strstr(reason, gone) && !strstr(gone, word)) found = false; /* somebody before */
         if (found && !strstr(reason, word)) test_fail(__FILE__, __LINE__, "no \"%s\" in \"%s\"", word, reason);
         netchan_clear(&v);
     }
@@ -663,9 +727,9 @@ static void test_lies_instead_of_a_greeting(void) {
         if (i == 4) g.magic = "metchan", put_greeting(&b, &g), reason = "version 1";
         if (i == 5) g.version = 2, put_greeting(&b, &g), reason = "version 1";
         if (i == 6) put_frame(&b, HELLO, NULL, 0, "netchan\1", 8), reason = "not whole";
-        if (i == 7) PUT_TEXT(&b, "\0"), reason = "frame of 0 bytes";
+        if (i == 7) PUT_TEXT(&b, "\0"), reason = "empty or too long";
         if (i == 8) PUT_TEXT(&b, "GET / HTTP/1.1\r\nUser-Agent: somebody who knows the key, but not what for\r\n\r\n");
-        if (i == 9) PUT_TEXT(&b, "\377\377\377\377\377\377\377\377\377\377\377"), reason = "frame of";
+        if (i == 9) PUT_TEXT(&b, "\377\377\377\377\377\377\377\377\377\377\377"), reason = "empty or too long";
         attack(&m, false, 0, &b, "rejected", reason);
     }
     close_room(&m);
@@ -675,13 +739,19 @@ static void test_lies_after_the_greeting(void) {
     room m = open_room();
     bytes b;
     greeting g = good_greeting();
-#define ATTACK(reason) (attack(&m, true, 0, &b, "down", reason), b.size = 0)
+#define ATTACK(reason) (attack(&m, true, 0, &b, "lost", reason), b.size = 0)
     b.size = 0;
-    put_greeting(&b, &g), ATTACK("version 1");
-    put_byte(&b, 0), ATTACK("frame of 0 bytes");
-    PUT_TEXT(&b, "\200\200\1\377"), ATTACK("frame of 16384 bytes");
-    PUT_TEXT(&b, "\377\377\377\377\377\377\377\377\377\1\377"), ATTACK("frame of");
-    PUT_TEXT(&b, "\200\200\200\200\200\200\200\200\200\200\200\200"), ATTACK("frame of");
+    put_greeting(&b, &g), ATTACK("greeted twice");
+    put_frame(&b, RESUME, NULL, 0, "................\7\0................................", 50), ATTACK("greeted twice");
+    PUT(&b, ACK, 1), ATTACK("never sent");
+    PUT(&b, ACK, UINT64_MAX), ATTACK("never sent");
+    put_frame(&b, ACK, NULL, 0, NULL, 0), ATTACK("cut off");
+    put_frame(&b, BYE, NULL, 0, NULL, 0), ATTACK("cut off");
+    PUT_VALUE(&b, RETURN, "\5", 0, 1), ATTACK("only the other side");
+    put_byte(&b, 0), ATTACK("empty or too long");
+    PUT_TEXT(&b, "\200\200\1\377"), ATTACK("empty or too long");
+    PUT_TEXT(&b, "\377\377\377\377\377\377\377\377\377\1\377"), ATTACK("empty or too long");
+    PUT_TEXT(&b, "\200\200\200\200\200\200\200\200\200\200\200\200"), ATTACK("empty or too long");
     PUT(&b, OFFER, 0, 1), ATTACK("cut off");
     PUT(&b, GRANT, 5), ATTACK("cut off");
     put_frame(&b, DEMAND, NULL, 0, "\1\200\200", 3), ATTACK("cut off");
@@ -742,7 +812,7 @@ static void test_nested_too_deep(void) {
         b.size = 0;
         size_t size = nest(value, sizeof value, depths[i]);
         put_frame(&b, OFFER, (uint64_t[]){0, 1, 1, HERE | FIRM, size}, 5, value, size);
-        attack(&m, true, 0, &b, "down", "malformed");
+        attack(&m, true, 0, &b, "lost", "malformed");
     }
     raw *r = raw_join(m.l->address, 0);
     frame f;
@@ -778,7 +848,7 @@ static void test_frames_that_never_end(void) {
             r->tls = true;
         }
         raw_close(r);
-        wait_event(m.l, "down", "closed the connection");
+        wait_event(m.l, "down", ""); /* closed, or reset */
         CHECK_INT(netchan_recv(m.l->recv, NULL, NETCHAN_NOWAIT), NETCHAN_ETIMEDOUT);
         check_good(&m);
     }
@@ -795,7 +865,7 @@ static void test_frames_that_never_end(void) {
 
 /* What this version does not know is skipped, and the session goes on. */
 static void test_the_unknown_is_skipped(void) {
-    static const unsigned types[] = {0x00, 0x05, 0x0f, 0x19, 0x1f, 0x27, 0x2f, 0x40, 0x7f, 0x80, 0xff};
+    static const unsigned types[] = {0x00, 0x09, 0x0f, 0x19, 0x1f, 0x28, 0x2f, 0x40, 0x7f, 0x80, 0xff};
     room m = open_room();
     raw *r = raw_enter(m.l->address);
     greeting g = good_greeting();
@@ -812,9 +882,10 @@ static void test_the_unknown_is_skipped(void) {
     PUT(&b, WITHDRAW, 5);    /* which may be over already */
     raw_say(r, &b);
     frame f;
-    CHECK(raw_frame(r, &f));
+    next_frame(r, &f, HELLO);
     CHECK_INT(f.type, HELLO);
     EXPECT(r, &f, PONG, 5);
+    wait_acked(r, 2 * (sizeof types / sizeof *types) + 1); /* they are counted like others */
     check_quiet(r);
     /* A value of a kind that this version does not know is nil. */
     PUT_VALUE(&b, OFFER, "\210\7\2\217\3abc\5", 0, 1, 1, HERE | FIRM, 9);
@@ -855,15 +926,14 @@ static size_t flood(raw *r, const void *value, size_t size) {
     size_t credit = 0, sent = 0;
     static bytes b;
     for (;;) {
-        static uint64_t question = 77;
         frame f;
-        b.size = 0;
-        PUT(&b, PING, ++question);
-        raw_say(r, &b);
-        do {
-            CHECK(raw_frame(r, &f));
-            if (f.type == CREDIT) get_number(&f), credit += (size_t)get_number(&f);
-        } while (f.type != PONG || get_number(&f) != question); /* all that was said before has been worked off */
+        for (int i = 0; i < 2; i++) { /* all that was said before has been worked off */
+            uint64_t question = raw_ask(r);
+            do {
+                CHECK(raw_frame(r, &f));
+                if (f.type == CREDIT) get_number(&f), credit += (size_t)get_number(&f);
+            } while (f.type != PONG || get_number(&f) != question);
+        }
         if (!credit) return sent;
         for (; credit; credit--, sent++) {
             b.size = 0;
@@ -917,7 +987,7 @@ static void test_operations_are_bounded(void) {
     bytes b;
     b.size = 0;
     for (uint64_t i = 1; i <= 6; i++) PUT(&b, DEMAND, 1, i, i, MULTI);
-    attack(&m, true, 0, &b, "down", "max_ops");
+    attack(&m, true, 0, &b, "lost", "max_ops");
     close_room(&m);
 }
 
@@ -928,7 +998,7 @@ static void test_large_values_are_bounded(void) {
     bytes b;
     b.size = 0;
     PUT(&b, OFFER, 0, 1, 1, 0, 100001);
-    attack(&m, true, 0, &b, "down", "max_message");
+    attack(&m, true, 0, &b, "lost", "max_message");
     b.size = 0;
     /* A value that comes within credit is within max_message, too. */
     netchan_options small = options();
@@ -941,7 +1011,7 @@ static void test_large_values_are_bounded(void) {
     raw_say(r, &b);
     raw_wait_closed(r);
     raw_close(r);
-    wait_event(l, "down", "");
+    wait_event(l, "lost", "max_message");
     CHECK_INT(netchan_recv(l->recv, NULL, NETCHAN_NOWAIT), NETCHAN_ETIMEDOUT);
     CHECK_INT(netchan_hangup(l, NULL), NETCHAN_OK);
     check_good(&m);
@@ -969,7 +1039,7 @@ static void test_an_offer_that_is_not_kept(void) {
         PUT(&b, PONG, 1);
     } while (raw_send(r, b.data, b.size) && raw_frame(r, &f));
     raw_close(r);
-    wait_event(m.l, "down", "does not answer");
+    wait_event(m.l, "lost", "does not answer");
     CHECK_INT(netchan_send(m.good->send, netchan_int(5), LONG), NETCHAN_OK);
     CHECK_INT(end_task(&t), NETCHAN_OK);
     CHECK_INT(netchan_as_int(&t.got, -1), 5);
@@ -1020,9 +1090,9 @@ static void test_golden_bytes(void) {
         CHECK_INT(netchan_as_int(netchan_get(&v, "id"), 0), -300);
         CHECK(netchan_as_bool(netchan_get(&v, "ok"), false));
         netchan_clear(&v);
-        CHECK(raw_frame(r, &f));
+        next_frame(r, &f, HELLO);
         CHECK_INT(f.type, HELLO);
-        CHECK(raw_frame(r, &f));
+        next_frame(r, &f, ACCEPT);
         CHECK_INT(f.type, ACCEPT);
         check_rest(&f, accept, sizeof accept);
         raw_close(r);
@@ -1287,12 +1357,14 @@ static void test_buffered_values(void) {
     }
     PUT_VALUE(&b, DATA, "\4", 0);
     PUT(&b, CLOSE, 0);
-    put_frame(&b, BYE, NULL, 0, NULL, 0);
+    PUT(&b, BYE, 0);
     raw_say(r, &b);
-    check_frame(r, &f, BYE, NULL, 0);
+    EXPECT(r, &f, BYE, 0);
+    wait_acked(r, 5 * 3 + 3); /* all that was said */
+    raw_ack(r);
     raw_wait_closed(r);
     raw_close(r);
-    wait_event(m.l, "down", "hung up");
+    wait_event(m.l, "drained", "hung up");
     netchan_value v;
     CHECK_INT(netchan_recv(m.l->recv, &v, LONG), NETCHAN_OK); /* it was said before the farewell */
     CHECK_INT(netchan_as_int(&v, -1), 4);
@@ -1315,12 +1387,407 @@ static void test_the_listener_says_farewell(void) {
     frame f;
     b.size = 0;
     pthread_t thread = test_start(hang_up, l);
-    check_frame(r, &f, BYE, NULL, 0);
-    put_frame(&b, BYE, NULL, 0, NULL, 0);
+    EXPECT(r, &f, BYE, 1);
+    PUT(&b, BYE, 0);
     raw_say(r, &b);
+    raw_ack(r);
     raw_wait_closed(r);
     test_join(thread);
     raw_close(r);
+    CHECK_INT(alloc_blocks(), 0);
+}
+
+/* --- sessions that outlive their connections, from the text of the WIRE section alone ----------------------------- */
+
+/* What a RESUME says. */
+typedef struct claim {
+    uint8_t id[16], secret[32], binding[32];
+    uint64_t generation, received;
+} claim;
+
+/* The session that r has had, over the connection of `over`. */
+static claim claim_of(const raw *r, const raw *over, uint64_t generation) {
+    claim m;
+    memcpy(m.id, r->id, sizeof m.id);
+    memcpy(m.secret, r->secret, sizeof m.secret);
+    memcpy(m.binding, over->binding, sizeof m.binding);
+    m.generation = generation;
+    m.received = r->received;
+    return m;
+}
+
+static void put_little(bytes *b, uint64_t n) {
+    for (int i = 0; i < 8; i++) put_byte(b, (unsigned)(n >> 8 * i) & 255);
+}
+
+/* HMAC-SHA256 as RFC 2104 has it: neither the function of the library under test nor mbedTLS's. */
+static void put_proof(bytes *b, const claim *m, char role) {
+    bytes inner, outer;
+    uint8_t hash[32];
+    inner.size = outer.size = 0;
+    for (size_t i = 0; i < 64; i++) {
+        uint8_t key = i < sizeof m->secret ? m->secret[i] : 0;
+        put_byte(&inner, key ^ 0x36u);
+        put_byte(&outer, key ^ 0x5cu);
+    }
+    put_byte(&inner, (unsigned char)role);
+    put_bytes(&inner, m->binding, 32);
+    put_little(&inner, m->generation);
+    put_little(&inner, m->received);
+    CHECK_INT(mbedtls_sha256(inner.data, inner.size, hash, 0), 0);
+    put_bytes(&outer, hash, sizeof hash);
+    CHECK_INT(mbedtls_sha256(outer.data, outer.size, hash, 0), 0);
+    put_bytes(b, hash, sizeof hash);
+}
+
+static void put_resume(bytes *b, const claim *m) {
+    bytes body;
+    body.size = 0;
+    put_bytes(&body, m->id, 16);
+    put_number(&body, m->generation);
+    put_number(&body, m->received);
+    put_proof(&body, m, 'D');
+    put_frame(b, RESUME, NULL, 0, body.data, body.size);
+}
+
+/* Goes on with the session of `old` over a new connection. *arrived: how many of our frames did. */
+static raw *raw_resume(const char *address, const raw *old, uint64_t generation, uint64_t *arrived) {
+    raw *r = raw_enter(address);
+    claim m = claim_of(old, r, generation);
+    bytes b, proof;
+    frame f;
+    b.size = proof.size = 0;
+    put_resume(&b, &m);
+    raw_say(r, &b);
+    CHECK(raw_frame(r, &f));
+    CHECK_INT(f.type, RESUMED);
+    *arrived = m.received = get_number(&f);
+    put_proof(&proof, &m, 'L');
+    check_rest(&f, proof.data, proof.size);
+    memcpy(r->id, old->id, sizeof r->id);
+    memcpy(r->secret, old->secret, sizeof r->secret);
+    r->received = old->received;
+    r->acked = *arrived;
+    return r;
+}
+
+/* The connection goes, and with it what was not read. The rest of the struct is still of use. */
+static void raw_drop(raw *r) {
+    close(r->fd);
+    pthread_mutex_lock(&netchan__tls_lock);
+    mbedtls_ssl_free(&r->ssl);
+    mbedtls_ssl_config_free(&r->conf);
+    pthread_mutex_unlock(&netchan__tls_lock);
+}
+
+/* The session moves to a new connection, which replaces one that is gone, or (even generations) one that serves. */
+static raw *raw_move(const char *address, raw *old, uint64_t generation, uint64_t sent) {
+    uint64_t arrived;
+    CHECK(raw_send(old, "\3\26\0", 3)); /* a part of a frame goes with its connection */
+    if (generation % 2) raw_drop(old);
+    raw *r = raw_resume(address, old, generation, &arrived);
+    CHECK_INT(arrived, sent);
+    if (generation % 2 == 0) raw_wait_closed(old), raw_drop(old);
+    free(old);
+    return r;
+}
+
+/* What we have said and what was said to us goes on where it was; what got lost is said again. */
+static void test_resume(void) {
+    netchan_options o = options();
+    o.resume_ms = LONG;
+    room m = open_room_with(&o);
+    raw *r = raw_join(m.l->address, 3);
+    bytes b;
+    frame f;
+    task t;
+    b.size = 0;
+    EXPECT(r, &f, CREDIT, 0, 3, 0);
+    PUT(&b, DEMAND, 1, 9, 9, FIRM);
+    PUT_VALUE(&b, DATA, "\1", 0);
+    raw_say(r, &b);
+    wait_acked(r, 2);
+    start_send(&t, m.l->send, netchan_str("hello"), 1, LONG);
+    EXPECT(r, &f, CLAIM, 9); /* we have not got it, for all the listener knows */
+    r->received--;
+    r = raw_move(m.l->address, r, 1, 2);
+    EXPECT(r, &f, CLAIM, 9); /* again */
+    uint64_t match = get_number(&f);
+    CHECK_INT(get_number(&f), FINAL);
+    CHECK_INT(get_number(&f), 6);
+    check_rest(&f, "\105hello", 6);
+    PUT(&b, GRANT, match, 0);
+    raw_say(r, &b);
+    CHECK_INT(end_task(&t), NETCHAN_OK);
+    wait_acked(r, 3);
+    for (uint64_t generation = 2; generation < 5; generation++) {
+        r = raw_move(m.l->address, r, generation, 3);
+        check_quiet(r);
+    }
+    PUT_VALUE(&b, DATA, "\2", 0);
+    raw_say(r, &b);
+    for (int i = 1; i < 3; i++) {
+        netchan_value v;
+        CHECK_INT(netchan_recv(m.l->recv, &v, LONG), NETCHAN_OK);
+        CHECK_INT(netchan_as_int(&v, -1), i);
+    }
+    netchan_stats stats;
+    CHECK_INT(netchan_get_stats(m.l, &stats), NETCHAN_OK);
+    CHECK_INT(stats.resumes + stats.rollovers, 4);
+    CHECK_INT(stats.replays, 1);
+    CHECK_INT(stats.lost, 0);
+    check_good(&m);
+    PUT(&b, BYE, 0);
+    raw_say(r, &b);
+    do next_frame(r, &f, BYE);
+    while (f.type == CREDIT);
+    CHECK_INT(f.type, BYE);
+    raw_ack(r);
+    raw_wait_closed(r);
+    raw_close(r);
+    close_room(&m);
+}
+
+/* Says RESUME, and is told this. */
+static void check_refusal(raw *r, const claim *m, const char *word) {
+    bytes b;
+    frame f;
+    b.size = 0;
+    put_resume(&b, m);
+    raw_say(r, &b);
+    CHECK(raw_frame(r, &f));
+    CHECK_INT(f.type, REFUSED);
+    f.body[f.size] = '\0';
+    if (!strstr((char *)f.body, word)) test_fail(__FILE__, __LINE__, "no \"%s\" in \"%s\"", word, (char *)f.body);
+}
+
+/* Somebody who has the key of the listener comes for the sessions of others. */
+static void test_stolen_sessions(void) {
+    room m = open_room();
+    raw *owner = raw_join(m.l->address, 0);
+    bytes b;
+    frame f;
+    b.size = 0;
+    for (int i = 0; i < 8; i++) {
+        raw *thief = raw_enter(m.l->address);
+        claim c = claim_of(owner, thief, 1);
+        const char *word = "somebody else";
+        if (i == 0) memset(c.secret, 0, sizeof c.secret); /* the id alone */
+        if (i == 1) memcpy(c.binding, owner->binding, sizeof c.binding); /* what was said on another connection */
+        if (i == 2) memset(c.binding, 0, sizeof c.binding);
+        if (i == 3) c.generation = 0, word = "elsewhere"; /* from here on he even has the secret */
+        if (i == 4) c.received += 1000, word = "elsewhere";
+        if (i == 5) c.id[0] ^= 2, word = "not known";
+        if (i == 6) c.id[15] ^= 2, word = "not known";
+        if (i == 7) { /* the good peer's id, which strangers never see */
+            pthread_mutex_lock(&netchan__net_lock);
+            memcpy(c.id, endpoint_of(m.good)->hub.session->id, sizeof c.id);
+            pthread_mutex_unlock(&netchan__net_lock);
+        }
+        check_refusal(thief, &c, word);
+        if (i == 5 || i == 6) { /* this may be a mistake; but not a second time */
+            check_refusal(thief, &c, word);
+        }
+        raw_wait_closed(thief);
+        raw_close(thief);
+        wait_event(m.l, "rejected", word);
+        check_quiet(owner);
+    }
+    task t;
+    PUT(&b, DEMAND, 1, 1, 1, FIRM);
+    raw_say(owner, &b);
+    wait_acked(owner, 1);
+    start_send(&t, m.l->send, netchan_str("hello"), 1, LONG);
+    EXPECT(owner, &f, CLAIM, 1);
+    PUT(&b, GRANT, get_number(&f), 0);
+    raw_say(owner, &b);
+    CHECK_INT(end_task(&t), NETCHAN_OK);
+    check_good(&m);
+    raw_close(owner);
+    close_room(&m);
+}
+
+/* The very bytes that the owner said, on another connection, before and after they were used. */
+static void test_replayed_resume(void) {
+    room m = open_room();
+    raw *old = raw_join(m.l->address, 0), *owner = raw_enter(m.l->address);
+    claim c = claim_of(old, owner, 1);
+    bytes stolen;
+    frame f;
+    stolen.size = 0;
+    put_resume(&stolen, &c);
+    for (int used = 0; used < 2; used++) {
+        raw *thief = raw_enter(m.l->address);
+        CHECK(raw_send(thief, stolen.data, stolen.size));
+        EXPECT(thief, &f, REFUSED, 't'); /* "the session belongs to somebody else" */
+        raw_wait_closed(thief);
+        raw_close(thief);
+        wait_event(m.l, "rejected", "somebody else");
+        if (used) break;
+        check_quiet(old);
+        CHECK(raw_send(owner, stolen.data, stolen.size));
+        EXPECT(owner, &f, RESUMED, 0);
+        raw_wait_closed(old);
+    }
+    check_quiet(owner);
+    CHECK(raw_send(owner, stolen.data, stolen.size)); /* nor once more on the same one: it greets twice */
+    raw_wait_closed(owner);
+    wait_event(m.l, "lost", "greeted twice");
+    check_good(&m);
+    raw_close(old);
+    raw_close(owner);
+    close_room(&m);
+}
+
+/* A new session over the connection on which the old one was refused. */
+static void test_hello_after_a_refusal(void) {
+    netchan_options o = options();
+    o.resume_ms = 2000;
+    room m = open_room_with(&o);
+    raw *r = raw_enter(m.l->address);
+    claim c = claim_of(r, r, 1);
+    memset(c.id, 0x11, sizeof c.id);
+    check_refusal(r, &c, "not known");
+    greeting g = good_greeting();
+    CHECK_INT(raw_greet(r, &g), 0);
+    check_quiet(r);
+    wait_event(m.l, "up", "");
+    uint64_t arrived;
+    raw_drop(r);
+    raw *next = raw_resume(m.l->address, r, 1, &arrived); /* and goes on like any other */
+    check_quiet(next);
+    free(r);
+    raw_close(next);
+    check_good(&m);
+    close_room(&m);
+}
+
+/* Many who ask for sessions that are not there. */
+static void test_a_flood_of_resumes(void) {
+    enum { COUNT = 100 / LESS };
+    room m = open_room();
+    raw *all[COUNT];
+    uint64_t seed = 5;
+    bytes b;
+    for (int i = 0; i < COUNT; i++) {
+        all[i] = raw_enter(m.l->address);
+        b.size = 0;
+        for (int k = 0; k < 1 + i % 3; k++) {
+            claim c = claim_of(all[i], all[i], test_random(&seed));
+            for (size_t n = 0; n < sizeof c.id; n++) c.id[n] = (uint8_t)test_random(&seed);
+            put_resume(&b, &c);
+        }
+        raw_send(all[i], b.data, b.size);
+        if (i % 10 == 0) check_good(&m);
+    }
+    for (int i = 0; i < COUNT; i++) {
+        if (i % 3) raw_wait_closed(all[i]);
+        raw_close(all[i]);
+    }
+    for (int i = 0; i < 20 / LESS; i++) wait_event(m.l, "rejected", "");
+    wait_for_strangers(m.l, 0);
+    netchan_stats stats;
+    CHECK_INT(netchan_get_stats(m.l, &stats), NETCHAN_OK);
+    CHECK_INT(stats.peers, 1);
+    check_good(&m);
+    close_room(&m);
+}
+
+/* Every receive that waited at this channel has met a send. */
+static void wait_for_no_receivers(netchan *ch) {
+    for (bool more = true; more; sched_yield()) {
+        pthread_mutex_lock(&netchan__net_lock);
+        more = ch->receivers.head != NULL;
+        pthread_mutex_unlock(&netchan__net_lock);
+    }
+}
+
+/* Who takes values and never says ACK is given the window; others are not hurt, and an ACK sets all in motion again. */
+static void test_who_never_acknowledges(void) {
+    enum { SIZE = 15000, COUNT = 20 };
+    static uint8_t value[SIZE];
+    static task t[COUNT];
+    room m = open_room();
+    raw *r = raw_join(m.l->address, 0);
+    bytes b;
+    frame f;
+    size_t got = 0, arrived = 0;
+    b.size = 0;
+    for (uint64_t i = 1; i <= COUNT; i++) PUT(&b, DEMAND, 1, i, i, FIRM);
+    raw_say(r, &b);
+    wait_acked(r, COUNT);
+    for (int i = 0; i < COUNT; i++) start_send(&t[i], m.l->send, netchan_bytes(value, SIZE), 1, LONG);
+    wait_for_no_receivers(m.l->send);
+    while (got < WINDOW / SIZE + 1) { /* what is more than the window stays there */
+        next_frame(r, &f, CLAIM);
+        CHECK_INT(f.type, CLAIM);
+        arrived += f.size;
+        got++;
+        get_number(&f);
+        PUT(&b, GRANT, get_number(&f), 0);
+        raw_say(r, &b);
+    }
+    check_quiet(r); /* answers pass */
+    CHECK(arrived < WINDOW + 16384);
+    check_good(&m);
+    for (; got < COUNT; got++) {
+        raw_ack(r);
+        next_frame(r, &f, CLAIM);
+        CHECK_INT(f.type, CLAIM);
+        get_number(&f);
+        PUT(&b, GRANT, get_number(&f), 0);
+        raw_say(r, &b);
+    }
+    for (int i = 0; i < COUNT; i++) CHECK_INT(end_task(&t[i]), NETCHAN_OK);
+    check_good(&m);
+    raw_close(r);
+    close_room(&m);
+}
+
+/* The same with no end: what waits for him is bounded by max_memory. */
+static void test_what_waits_for_a_peer_is_bounded(void) {
+    enum { SIZE = 15000, COUNT = 60 };
+    static uint8_t value[SIZE];
+    netchan_options o = options();
+    o.max_message = 100000;
+    o.max_memory = 200000;
+    room m = open_room_with(&o);
+    raw *r = raw_join(m.l->address, 0);
+    netchan_value v = netchan_bytes(value, SIZE);
+    bytes b;
+    frame f;
+    b.size = 0;
+    for (uint64_t i = 1; i <= COUNT; i++) PUT(&b, DEMAND, 1, i, i, 0);
+    raw_say(r, &b);
+    wait_acked(r, COUNT);
+    size_t unknown = 0;
+    task t[COUNT];
+    for (int i = 0; i < COUNT; i++) {
+        start_send(&t[i], m.l->send, v, 1, LONG);
+        if (i == 0) next_frame(r, &f, CLAIM); /* one has left */
+    }
+    wait_event(m.l, "lost", "does not read");
+    raw_wait_closed(r);
+    raw_close(r);
+    for (int i = 0; i < COUNT; i++) { /* the good peer takes the rest */
+        netchan_value got;
+        pthread_mutex_lock(&netchan__net_lock);
+        bool waits = m.l->send->lane.senders.head != NULL;
+        pthread_mutex_unlock(&netchan__net_lock);
+        if (waits && netchan_recv(m.good->recv, &got, LONG) == NETCHAN_OK) netchan_clear(&got);
+    }
+    for (int i = 0; i < COUNT; i++) {
+        int result = end_task(&t[i]);
+        CHECK(result == NETCHAN_OK || result == NETCHAN_EUNKNOWN);
+        unknown += result == NETCHAN_EUNKNOWN;
+    }
+    CHECK(unknown > 0 && unknown <= WINDOW / SIZE + 1);
+    check_good(&m);
+    netchan_report report;
+    CHECK_INT(netchan_hangup(m.good, NULL), NETCHAN_OK);
+    CHECK_INT(netchan_hangup(m.l, &report), NETCHAN_ETIMEDOUT);
+    CHECK_INT(report.unknown, unknown);
+    CHECK_INT(report.undelivered, 0);
     CHECK_INT(alloc_blocks(), 0);
 }
 
@@ -1356,6 +1823,12 @@ static raw *raw_accept(const door *d) {
     return r;
 }
 
+/* Who came and was not let in is gone. */
+static void empty_door(const door *d) {
+    struct pollfd p = {d->fd, POLLIN, 0};
+    while (poll(&p, 1, 0) == 1) close(accept(d->fd, NULL, NULL));
+}
+
 /* Who comes next, greeted. */
 static raw *raw_admit(const door *d, uint64_t capacity) {
     static const badge right;
@@ -1369,6 +1842,11 @@ static raw *raw_admit(const door *d, uint64_t capacity) {
     CHECK_INT(f.type, HELLO);
     b.size = 0;
     g.capacity = capacity;
+    static uint8_t next_id;
+    memset(r->id, ++next_id, sizeof r->id);
+    memset(r->secret, 0x77, sizeof r->secret);
+    g.id = r->id;
+    g.secret = r->secret;
     put_greeting(&b, &g);
     raw_say(r, &b);
     return r;
@@ -1379,6 +1857,7 @@ typedef struct call {
     netchan_options o;
     netchan_link *link;
     char message[512];
+    bool done; /* atomic */
     pthread_t thread;
 } call;
 
@@ -1386,6 +1865,7 @@ static void *run_call(void *arg) {
     call *c = (call *)arg;
     c->link = netchan_dial(c->address, &c->o);
     snprintf(c->message, sizeof c->message, "%s", netchan_errmsg());
+    __atomic_store_n(&c->done, true, __ATOMIC_RELEASE);
     return NULL;
 }
 
@@ -1396,6 +1876,7 @@ static void start_call(call *c, const door *d, size_t buffer, int connect_ms) {
     c->o.buffer = buffer;
     c->o.connect_ms = connect_ms;
     c->o.linger_ms = 100;
+    c->o.resume_ms = LONG;
     c->thread = test_start(run_call, c);
 }
 
@@ -1418,16 +1899,16 @@ static void test_dialling_something_else(void) {
     raw_send(r, "HTTP/1.1 400 Bad Request\r\n\r\n", 28);
     raw_wait_closed(r);
     raw_close(r);
-    for (bool more = true; more;) { /* it tries again, until its time is up */
+    while (!__atomic_load_n(&c.done, __ATOMIC_ACQUIRE)) { /* it tries again, until its time is up */
         struct pollfd p = {d.fd, POLLIN, 0};
-        more = poll(&p, 1, 300) == 1;
-        if (!more) break;
+        if (poll(&p, 1, SHORT) != 1) continue;
         r = raw_accept(&d);
         raw_send(r, "HTTP/1.1 400 Bad Request\r\n\r\n", 28);
         raw_wait_closed(r);
         raw_close(r);
     }
     check_call_fails(&c, "does not speak TLS");
+    empty_door(&d);
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
         start_call(&c, &d, 0, LONG);
         long long start = test_ms();
@@ -1452,7 +1933,10 @@ static void test_a_lying_listener(void) {
         const char *tail;
         size_t size;
     } lies[] = {
-        {"version 1", HELLO, {0}, 0, "netchan\1................\1\1\1\1\1", 29},
+        {"greeted twice", HELLO, {0}, 0, "netchan\1................\1\1\1\1\1", 29},
+        {"greeted twice", RESUMED, {0}, 0, "\0................................", 33},
+        {"never sent", ACK, {1000}, 1, NULL, 0},
+        {"not sent", RETURN, {0, 1}, 2, "\5", 1},
         {"capacity", CREDIT, {0, 4, 0}, 3, NULL, 0},
         {"capacity", CREDIT, {1, 1, 0}, 3, NULL, 0},
         {"", CREDIT, {0, 0, 1}, 3, NULL, 0},
@@ -1479,7 +1963,7 @@ static void test_a_lying_listener(void) {
         frame f;
         b.size = 0;
         start_recv(&t, c.link->recv, 1, NETCHAN_FOREVER);
-        CHECK(raw_frame(r, &f));
+        next_frame(r, &f, DEMAND);
         CHECK_INT(f.type, DEMAND);
         start_send(&s, c.link->send, netchan_int(5), 1, LONG); /* there is no credit: it stays here */
         put_frame(&b, lies[i].type, lies[i].numbers, lies[i].count, lies[i].tail, lies[i].size);
@@ -1487,14 +1971,12 @@ static void test_a_lying_listener(void) {
         b.size = 0;
         raw_wait_closed(r);
         raw_close(r);
-        wait_event(c.link, "down", lies[i].reason);
+        wait_event(c.link, "lost", lies[i].reason);
         CHECK_INT(end_task(&t), NETCHAN_ELOST);
         r = raw_admit(&d, 3);
         PUT(&b, CREDIT, 0, 1, 0);
         raw_say(r, &b);
-        CHECK(raw_frame(r, &f));
-        CHECK_INT(f.type, DATA);
-        CHECK_INT(get_number(&f), 0);
+        EXPECT(r, &f, DATA, 0);
         check_rest(&f, "\5", 1);
         CHECK_INT(end_task(&s), NETCHAN_OK);
         PUT(&b, CREDIT, 0, 0, 1); /* it was taken, so it is not unknown when the session ends */
@@ -1561,9 +2043,7 @@ static void test_hangup_while_a_select_is_promised(void) {
         t.count = 2;
         t.timeout_ms = LONG;
         t.thread = test_start(run_task, &t);
-        CHECK(raw_frame(r, &f));
-        CHECK_INT(f.type, DEMAND);
-        CHECK_INT(get_number(&f), 1);
+        EXPECT(r, &f, DEMAND, 1);
         uint64_t entry = get_number(&f);
         b.size = 0;
         PUT(&b, CLAIM, entry, 55, 0, 0);
@@ -1604,6 +2084,243 @@ static void test_hangup_while_a_select_is_promised(void) {
     }
 }
 
+/* A dialler comes to go on with the session that raw_admit() gave it, and proves it. */
+static claim read_resume(raw *r) {
+    static const badge right;
+    claim m;
+    frame f;
+    bytes proof;
+    proof.size = 0;
+    set_up_tls(r, &right, true);
+    CHECK_INT(shake_hands(r), 0);
+    CHECK(raw_frame(r, &f));
+    CHECK_INT(f.type, RESUME);
+    CHECK_INT(f.size, 16 + 1 + 1 + 32);
+    memcpy(m.id, f.body, 16);
+    for (int i = 1; i < 16; i++) CHECK_INT(m.id[i], m.id[0]);
+    memset(m.secret, 0x77, sizeof m.secret);
+    memcpy(m.binding, r->binding, sizeof m.binding);
+    f.at = 16;
+    m.generation = get_number(&f);
+    m.received = get_number(&f);
+    put_proof(&proof, &m, 'D');
+    check_rest(&f, proof.data, proof.size);
+    return m;
+}
+
+static void put_resumed(bytes *b, const claim *m, char role) {
+    bytes body;
+    body.size = 0;
+    put_number(&body, m->received);
+    put_proof(&body, m, role);
+    put_frame(b, RESUMED, NULL, 0, body.data, body.size);
+}
+
+/* A dialler goes on with its session, as the text says, and believes nobody who does not prove that he knows it. */
+static void test_a_dialler_resumes(void) {
+    door d = open_door();
+    call c;
+    frame f;
+    bytes b;
+    task t;
+    start_call(&c, &d, 3, LONG);
+    raw *r = raw_admit(&d, 3);
+    test_join(c.thread);
+    CHECK(c.link);
+    b.size = 0;
+    PUT(&b, CREDIT, 0, 3, 0);
+    raw_say(r, &b);
+    start_recv(&t, c.link->recv, 1, LONG);
+    EXPECT(r, &f, DEMAND, 1);
+    uint64_t entry = get_number(&f);
+    for (int i = 0; i < 2; i++) CHECK_INT(netchan_send(c.link->send, netchan_int(i + 5), LONG), NETCHAN_OK);
+    EXPECT(r, &f, DATA, 0);
+    check_rest(&f, "\5", 1);
+    uint64_t received = r->received; /* of the second we say nothing */
+    for (uint64_t generation = 1; generation < 7; generation++) {
+        raw_close(r);
+        r = raw_accept(&d);
+        claim m = read_resume(r);
+        CHECK_INT(m.generation, generation);
+        CHECK_INT(m.received, 1); /* CREDIT */
+        m.received = received;
+        if (generation == 1) m.secret[0] = 0;
+        if (generation == 2) m.binding[0] ^= 1;
+        if (generation == 3) m.generation--;
+        if (generation == 4) m.received += 1000;
+        put_resumed(&b, &m, generation == 5 ? 'D' : 'L');
+        raw_say(r, &b);
+        if (generation < 6) raw_wait_closed(r);
+    }
+    r->received = received;
+    EXPECT(r, &f, DATA, 0); /* again, with its place among the frames */
+    check_rest(&f, "\6", 1);
+    PUT(&b, CREDIT, 0, 0, 2);
+    PUT_VALUE(&b, CLAIM, "\105hello", entry, 55, FINAL, 6);
+    raw_say(r, &b);
+    check_hello(&t);
+    EXPECT(r, &f, GRANT, 55);
+    wait_event(c.link, "up", "");
+    wait_event(c.link, "down", "");
+    wait_event(c.link, "resumed", "");
+    raw_close(r);
+    netchan_hangup(c.link, NULL);
+    close(d.fd);
+    CHECK_INT(alloc_blocks(), 0);
+}
+
+/* What a listener says when it says no is shown to people: it is cleaned, and cut. */
+static void test_what_a_refusal_says_is_cleaned(void) {
+    static const badge right;
+    door d = open_door();
+    call c;
+    frame f;
+    bytes b;
+    start_call(&c, &d, 0, 1000);
+    while (!__atomic_load_n(&c.done, __ATOMIC_ACQUIRE)) {
+        struct pollfd p = {d.fd, POLLIN, 0};
+        if (poll(&p, 1, SHORT) != 1) continue;
+        raw *r = raw_accept(&d);
+        set_up_tls(r, &right, true);
+        b.size = 0;
+        put_frame(&b, REFUSED, NULL, 0, "go\r\n\33[2J away\0 \377\200%s%n", 22);
+        if (shake_hands(r) == 0 && raw_frame(r, &f) && raw_send(r, b.data, b.size)) raw_wait_closed(r);
+        raw_close(r);
+    }
+    empty_door(&d);
+    check_call_fails(&c, "it said: go???[2J away? ??%s%n");
+    for (const char *p = c.message; *p; p++) CHECK(*p >= ' ' && *p < 127);
+
+    start_call(&c, &d, 0, LONG); /* the end of a session that runs */
+    raw *r = raw_admit(&d, 0);
+    test_join(c.thread);
+    CHECK(c.link);
+    uint8_t text[10000];
+    memset(text, '\7', sizeof text);
+    memcpy(text, "enough\n", 7);
+    b.size = 0;
+    put_frame(&b, REFUSED, NULL, 0, text, sizeof text);
+    raw_say(r, &b);
+    wait_event(c.link, "lost", "it said: enough????");
+    raw_wait_closed(r);
+    raw_close(r);
+    close(d.fd);
+    netchan_hangup(c.link, NULL);
+    CHECK_INT(alloc_blocks(), 0);
+}
+
+/* A listener hangs up: what it has not received goes back, in order, in parts if it is large. */
+static void test_values_that_come_back(void) {
+    enum { SIZE = 40000 };
+    static uint8_t value[SIZE + 4] = {0x87, 0xc0, 0xb8, 0x02}, gathered[SIZE + 4]; /* bytes, LEN 40,000 */
+    static bytes b;
+    netchan_options o = options();
+    netchan_link *l = netchan_listen("127.0.0.1:0", &o);
+    CHECK(l);
+    for (size_t i = 4; i < sizeof value; i++) value[i] = (uint8_t)(i * 7);
+    raw *r = raw_join(l->address, 3);
+    frame f;
+    EXPECT(r, &f, CREDIT, 0, 3, 0);
+    b.size = 0;
+    PUT(&b, OFFER, 0, 1, 1, FIRM, sizeof value);
+    raw_say(r, &b);
+    EXPECT(r, &f, CLAIM, 1);
+    uint64_t match = get_number(&f);
+    PUT(&b, GRANT, match, sizeof value);
+    for (size_t at = 0; at < sizeof value; at += PIECE)
+        put_frame(&b, FRAGMENT, &match, 1, value + at, sizeof value - at < PIECE ? sizeof value - at : PIECE);
+    PUT_VALUE(&b, DATA, "\105hello", 0);
+    raw_say(r, &b);
+    EXPECT(r, &f, ACCEPT, 1, 0);
+    wait_acked(r, r->acked > 6 ? r->acked : 6);
+    pthread_t thread = test_start(hang_up, l);
+    size_t at = 0;
+    bool bye = false, small = false;
+    while (!bye || !small) { /* where the farewell stands among them is not said */
+        next_frame(r, &f, RETURN);
+        if (f.type == BYE) {
+            CHECK_INT(get_number(&f), 1);
+            bye = true;
+            continue;
+        }
+        if (f.type == CREDIT) continue;
+        CHECK_INT(f.type, RETURN);
+        CHECK_INT(get_number(&f), 0);
+        small = at == sizeof value;
+        CHECK_INT(get_number(&f), small ? 6 : sizeof value);
+        if (small) check_rest(&f, "\105hello", 6);
+        else {
+            size_t size = f.size - f.at;
+            CHECK(size <= sizeof value - at);
+            memcpy(gathered + at, f.body + f.at, size);
+            at += size;
+        }
+    }
+    CHECK(memcmp(gathered, value, sizeof value) == 0);
+    PUT(&b, BYE, 0);
+    raw_say(r, &b);
+    raw_ack(r);
+    raw_wait_closed(r);
+    test_join(thread);
+    raw_close(r);
+    CHECK_INT(alloc_blocks(), 0);
+}
+
+/* The other way round: a dialler sends them to the next one, before others. */
+static void test_a_dialler_gets_values_back(void) {
+    door d = open_door();
+    call c;
+    frame f;
+    bytes b;
+    b.size = 0;
+    start_call(&c, &d, 4, LONG);
+    raw *r = raw_admit(&d, 4);
+    test_join(c.thread);
+    CHECK(c.link);
+    PUT(&b, CREDIT, 0, 4, 0);
+    raw_say(r, &b);
+    for (int i = 1; i < 5; i++) CHECK_INT(netchan_send(c.link->send, netchan_int(i), LONG), NETCHAN_OK);
+    for (int i = 1; i < 5; i++) EXPECT(r, &f, DATA, 0);
+    PUT(&b, CREDIT, 0, 0, 1); /* the first is received, the others are not */
+    PUT(&b, BYE, 1);
+    PUT_VALUE(&b, RETURN, "\2", 0, 1);
+    PUT_VALUE(&b, RETURN, "\3", 0, 1);
+    PUT_VALUE(&b, RETURN, "\4", 0, 1);
+    PUT(&b, ACK, r->received);
+    raw_say(r, &b);
+    EXPECT(r, &f, BYE, 0);
+    raw_ack(r);
+    raw_wait_closed(r);
+    wait_acked(r, 6);
+    raw_close(r);
+    netchan_value v;
+    CHECK_INT(netchan_recv(c.link->events, &v, LONG), NETCHAN_OK);
+    netchan_clear(&v);
+    CHECK_INT(netchan_recv(c.link->events, &v, LONG), NETCHAN_OK);
+    CHECK_STR(netchan_as_str(netchan_get(&v, "event"), "?"), "drained");
+    CHECK_INT(netchan_as_uint(netchan_get(&v, "taken"), 99), 1);
+    CHECK_INT(netchan_as_uint(netchan_get(&v, "returned"), 99), 3);
+    CHECK_INT(netchan_as_uint(netchan_get(&v, "unknown"), 99), 0);
+    netchan_clear(&v);
+    task t;
+    start_send(&t, c.link->send, netchan_int(5), 1, LONG); /* behind them */
+    r = raw_admit(&d, 4);
+    PUT(&b, CREDIT, 0, 4, 0);
+    raw_say(r, &b);
+    for (uint8_t i = 2; i < 6; i++) {
+        EXPECT(r, &f, DATA, 0);
+        check_rest(&f, &i, 1);
+    }
+    CHECK_INT(end_task(&t), NETCHAN_OK);
+    PUT(&b, CREDIT, 0, 0, 4);
+    raw_say(r, &b);
+    check_quiet(r);
+    raw_close(r);
+    netchan_hangup(c.link, NULL);
+    close(d.fd);
+    CHECK_INT(alloc_blocks(), 0);
+}
+
 int main(int argc, char **argv) {
     static const test_entry tests[] = {
         TEST(no_tls_at_all),
@@ -1629,10 +2346,21 @@ int main(int argc, char **argv) {
         TEST(large_values),
         TEST(buffered_values),
         TEST(the_listener_says_farewell),
+        TEST(resume),
+        TEST(stolen_sessions),
+        TEST(replayed_resume),
+        TEST(hello_after_a_refusal),
+        TEST(a_flood_of_resumes),
+        TEST(who_never_acknowledges),
+        TEST(what_waits_for_a_peer_is_bounded),
         TEST(dialling_something_else),
         TEST(a_lying_listener),
         TEST(less_capacity_than_asked_for),
         TEST(hangup_while_a_select_is_promised),
+        TEST(a_dialler_resumes),
+        TEST(what_a_refusal_says_is_cleaned),
+        TEST(values_that_come_back),
+        TEST(a_dialler_gets_values_back),
         TEST_END,
     };
     return test_main(argc, argv, tests);
