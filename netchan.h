@@ -2374,7 +2374,7 @@ static void netchan__finish_close(netchan *ch);
 /* Pairs all that can be paired (I2). Caller holds the channel's lock, and outside net the locks of all channels of its
  * operation. */
 static void netchan__pair(netchan *ch) {
-    if (ch->is_end) return;
+    if (ch->is_end || ch->closed) return;
     do {
         while (netchan__serve(ch)) continue;
     } while (!ch->is_merge && netchan__fill(&ch->lane));
@@ -2562,6 +2562,18 @@ static void netchan__queue_claim(netchan__waiter *w) {
     if (op->last_claim) op->last_claim->next_claim = w;
     else op->claims = w;
     op->last_claim = w;
+}
+
+static void netchan__unqueue_claim(netchan__waiter *w) {
+    netchan__waiter **at = &w->op->claims;
+    w->op->last_claim = NULL;
+    while (*at) {
+        if (*at == w) *at = w->next_claim;
+        else {
+            w->op->last_claim = *at;
+            at = &(*at)->next_claim;
+        }
+    }
 }
 
 /* A lock on a local operation: at once, or when it is its turn (P1). */
@@ -3144,7 +3156,8 @@ static void netchan__on_return(netchan__peer *p, netchan__frame *f) {
     int result = netchan__decode(&v, bytes, (size_t)f->size, 2 * ch->largest_memory + 256, &memory);
     netchan__buf_free(&ch->returning);
     if (result != NETCHAN_OK) {
-        netchan__breach(p, "it returned a value that cannot be decoded");
+        netchan__breach(p, result == NETCHAN_ENOMEM ? "out of memory for a value that comes back"
+                                                    : "it returned a value that cannot be decoded");
         return;
     }
     ch->in_flight--;
@@ -3516,17 +3529,7 @@ static void netchan__waiter_lost(netchan__waiter *w, uint64_t sent) {
     bool is_try = w->is_try, registered = w->id != 0;
     netchan__peer *p = w->peer;
     bool left = w->is_send && w->position && w->position <= sent && (engaged || w->here) && !p->farewell;
-    if (w->claim && !engaged) { /* a queued claim of the home that is gone */
-        netchan__waiter **at = &op->claims;
-        op->last_claim = NULL;
-        while (*at) {
-            if (*at == w) *at = w->next_claim;
-            else {
-                op->last_claim = *at;
-                at = &(*at)->next_claim;
-            }
-        }
-    }
+    if (w->claim && !engaged) netchan__unqueue_claim(w); /* of the home that is gone */
     netchan__unregister(w);
     w->position = 0;
     if (left) p->unknown++;
@@ -3593,6 +3596,24 @@ static void netchan__match_lost(netchan__match *m, netchan__peer *p) {
     netchan__forget(m->receiver);
     netchan__settle_buffer(m, true, true);
     netchan__free_match(m);
+}
+
+/* Values that wait for receivers here which are engaged elsewhere do not wait any more: they come back to their lanes.
+ * The channel was shut. */
+static void netchan__call_off(netchan *ch) {
+    netchan__match *next;
+    for (netchan__match *m = ch->matches; m; m = next) {
+        netchan__waiter *r = m->receiver;
+        next = m->next;
+        if (!m->from_buffer || !r || !r->op || r->claim != m->id) continue;
+        netchan__unqueue_claim(r);
+        r->claim = 0;
+        r->match = NULL; /* its operation looks at closed cases when it is released */
+        m->receiver = NULL;
+        m->receiver_gone = true;
+        netchan__fall_through(m, m->step == 1);
+    }
+    netchan__settle();
 }
 
 /* The session with p is over, at home: its waiters go, its matches end or wait for the other party, its values stay. */
@@ -5302,6 +5323,7 @@ static netchan_report netchan__hub_close(netchan__hub *h) {
     h->link.events->closing = h->link.events->lane.closing = true; /* who retained it reads what is in it */
     netchan__finish_close(h->link.events);
     netchan__lane *next;
+    netchan__call_off(h->link.recv);
     for (netchan__lane *lane = h->dials ? NULL : h->link.recv->lanes; lane; lane = next) {
         next = lane->next;
         lane->hub = NULL;
