@@ -64,6 +64,7 @@ check "hello: usage" exits 2 run hello
 check "netcat: usage" exits 2 run netcat send 127.0.0.1:0
 check "pool: usage" exits 2 run pool boss 127.0.0.1:0
 check "workers: usage" exits 2 run workers many
+check "restart: usage" exits 2 run restart listen
 check "cluster_bench: usage" exits 2 run cluster_bench 0
 check "hello: no key" exits 1 env -u NETCHAN_KEY "$bin/hello" listen 127.0.0.1:0
 check "hello: no key, no silence" test -s "$dir/stderr"
@@ -166,6 +167,42 @@ words=$(LC_ALL=C wc -w "$@" | awk 'END { print $1 }')
 lines=$(LC_ALL=C wc -l "$@" | awk 'END { print $1 }')
 check "pool: as wc counts" grep -q "^files=6 lines=$lines words=$words tasks=[0-9]* again=0 distinct=[0-9]*$" "$dir/result"
 check "pool: ten words and the sums" test "$(wc -l <"$dir/result")" -eq 11
+
+# ---- restart: a server that is replaced eight times under load. Each line is printed once, and those of a dialler in order. ----
+pipe says
+pipe data
+pipe marks
+$limit "$bin/restart" listen 127.0.0.1:0 2>"$dir/says" >"$dir/data" &
+first=$!
+exec 3<"$dir/says" 4<"$dir/data"
+awk -v copy="$dir/lines" '{ print >copy } NR % 5000 == 0 { print NR; fflush() }' <&4 3<&- >"$dir/marks" &
+copier=$!
+exec 5<"$dir/marks" 4<&-
+read -r _ server _ _ address <&3
+diallers=
+for k in 1 2 3 4; do
+	seq "${k}00001" "${k}15000" | $limit "$bin/restart" dial "$address" 3<&- 5<&- &
+	diallers="$diallers $!"
+done
+pids="$server $diallers"
+for generation in 1 2 3 4 5 6 7 8; do
+	read -r mark <&5
+	old=$server
+	kill -HUP "$old"
+	read -r _ server _ _ address <&3
+	pids="$server $diallers"
+	check "restart: a successor" test "$server" -ne "$old"
+done
+check "restart listen" ended 0 "$first"
+for pid in $diallers; do check "restart dial" ended 0 "$pid"; done
+kill "$server"
+cat <&5 >/dev/null
+check "restart: all lines are copied" ended 0 "$copier"
+for k in 1 2 3 4; do
+	seq "${k}00001" "${k}15000" >"$dir/sent"
+	grep "^$k" "$dir/lines" >"$dir/got"
+	check "restart: each line once, in order" cmp "$dir/sent" "$dir/got"
+done
 
 pids=
 echo "$passed passed, $failed failed"

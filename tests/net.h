@@ -622,7 +622,8 @@ static inline void *flow_receiver(void *arg) {
         CHECK(!c.redelivered);
         if (netchan_is_nil(&v)) return NULL;
         int64_t n = netchan_as_int(&v, -1);
-        if (n <= last || n >= FLOW_MOST) test_fail(__FILE__, __LINE__, "%lld after %lld", (long long)n, (long long)last);
+        if (n <= last || n >= FLOW_MOST)
+            test_fail(__FILE__, __LINE__, "%lld after %lld", (long long)n, (long long)last);
         if (__atomic_add_fetch(&f->received[n], 1, __ATOMIC_RELAXED) != 1)
             test_fail(__FILE__, __LINE__, "%lld came twice", (long long)n);
         last = n;
