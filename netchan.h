@@ -159,9 +159,9 @@
  *     Entry and match numbers are not 0; OFFER and DEMAND share one space of entries. A final CLAIM to a receive
  *     carries its value, if that is no large one, and its GRANT ends the match; else COMMIT brings it, and TAKEN
  *     follows. A GRANT for a receive has size 0. The values of all OFFERs with flag 8 may count max_memory / 96 bytes.
- *     A CLAIM that is not answered for six times ping_ms is a breach. Unknown types are skipped. size is
- *     the encoded size of the value; a value over 16,256 bytes is never in the frame that names its size: it is shipped
- *     in FRAGMENTs after GRANT or COMMIT. The commit protocol is described at [7].
+ *     A CLAIM that is not answered for six times ping_ms and twice resume_ms of L, while its link is up, is a breach.
+ *     Unknown types are skipped. size is the encoded size of the value; a value over 16,256 bytes is never in the frame
+ *     that names its size: it is shipped in FRAGMENTs after GRANT or COMMIT. The commit protocol is described at [7].
  */
 
 #ifndef NETCHAN_H
@@ -4194,7 +4194,6 @@ struct netchan__hub {
     size_t peers;              /* sessions */
     size_t orphans;            /* lanes of lost peers, whose values nobody has received yet */
     bool was_up, hanging_up, shut;
-    bool news;                 /* for who waits until something happens */
     size_t events_dropped;
     uint64_t unknown;
     size_t unreceived; /* values that were handed back to a peer and may not have reached it */
@@ -4432,7 +4431,10 @@ static size_t netchan__wire_output(netchan__wire *w, uint8_t *record) {
         s->peer.sent += count;
         s->peer.stats->frames_sent += count;
     }
-    if (size) netchan__count_record(&w->records_out);
+    if (!size) return 0;
+    netchan__count_record(&w->records_out);
+    w->hub->stats.records_sent++;
+    w->hub->stats.bytes_sent += size;
     return size;
 }
 
@@ -4548,6 +4550,8 @@ static size_t netchan__parse(netchan__wire *w, uint64_t now, const uint8_t *data
 static void netchan__wire_input(netchan__wire *w, uint64_t now, const uint8_t *data, size_t size) {
     w->last_input = now;
     netchan__count_record(&w->records_in);
+    w->hub->stats.records_received++;
+    w->hub->stats.bytes_received += size;
     bool whole = true;
     netchan__buf *in = &w->in;
     if (netchan__buf_size(in)) {
@@ -4734,7 +4738,6 @@ static netchan__news netchan__begin_event(const char *name, uint64_t peer, const
 static void netchan__event(netchan__hub *h, netchan__news n) {
     netchan__lane *lane = &h->link.events->lane;
     netchan_value event;
-    h->news = true;
     if (lane->closing) return;
     if (h->events_dropped) netchan__add(&n, "dropped", netchan_uint(h->events_dropped));
     netchan_value map = netchan_map(n.entries, n.count);
@@ -4761,16 +4764,6 @@ static void netchan__lane_drained(netchan__lane *lane) {
 }
 
 /* ---- Statistics. ---- */
-
-static void netchan__stats_sent(netchan__hub *h, size_t bytes) {
-    h->stats.records_sent += bytes > 0;
-    h->stats.bytes_sent += bytes;
-}
-
-static void netchan__stats_received(netchan__hub *h, size_t bytes) {
-    h->stats.records_received++;
-    h->stats.bytes_received += bytes;
-}
 
 /* Fills in what is looked at and not counted. */
 static netchan_stats netchan__hub_stats(const netchan__hub *h) {
@@ -4799,7 +4792,8 @@ static netchan__session *netchan__make_session(netchan__wire *w) {
     p->max_message = h->options.max_message;
     p->max_memory = h->options.max_memory;
     p->no_redelivery = h->options.no_redelivery;
-    p->patience = 6 * (uint64_t)h->options.ping_ms * 1000000u;
+    int resume_ms = h->options.resume_ms; /* it may be engaged with another home, whose link is down */
+    p->patience = resume_ms < 0 ? UINT64_MAX : (6 * (uint64_t)h->options.ping_ms + 2 * (uint64_t)resume_ms) * 1000000u;
     p->stats = &h->stats;
     s->hub = h;
     memcpy(s->identity, w->identity, sizeof s->identity);
@@ -4817,6 +4811,10 @@ static void netchan__unlink_session(netchan__session *s) {
     h->peers--;
 }
 
+static void netchan__emit_refused(netchan__wire *w, const char *reason) {
+    netchan__emit_control(w, NETCHAN__REFUSED, (const uint8_t *)reason, strlen(reason));
+}
+
 /* The session is over, drained or lost; reason is the end of a sentence about the other side, which is told, if that is
  * possible. */
 static void netchan__end_session(netchan__session *s, const char *reason) {
@@ -4829,7 +4827,7 @@ static void netchan__end_session(netchan__session *s, const char *reason) {
     if (w) {
         s->wire = NULL;
         if (drained) netchan__emit_ack(w, s);
-        else netchan__emit_control(w, NETCHAN__REFUSED, (const uint8_t *)why, strlen(why));
+        else netchan__emit_refused(w, why);
         w->session = NULL;
         w->flush = true;
         netchan__wire_fail(w, why);
@@ -4882,7 +4880,6 @@ static void netchan__attach(netchan__session *s, netchan__wire *w, uint64_t rece
     w->session = s;
     w->up = true;
     snprintf(s->address, sizeof s->address, "%s", w->address);
-    s->hub->news = true;
     netchan__mark_pending(s);
 }
 
@@ -4995,7 +4992,7 @@ static void netchan__wire_start(netchan__wire *w, netchan__hub *h, uint64_t now)
 }
 
 static void netchan__refuse(netchan__wire *w, const char *reason) {
-    netchan__emit_control(w, NETCHAN__REFUSED, (const uint8_t *)reason, strlen(reason));
+    netchan__emit_refused(w, reason);
     w->flush = true;
     netchan__wire_fail(w, reason);
 }
@@ -5108,7 +5105,7 @@ static void netchan__on_resume(netchan__wire *w, netchan__reader *r) {
     if (!s || memcmp(s->id, id, sizeof s->id) || s->peer.breach || w->generation) {
         const char *reason = "the session is not known; it was lost, or the listener was started anew";
         if (w->generation) netchan__refuse(w, reason);
-        else netchan__emit_control(w, NETCHAN__REFUSED, (const uint8_t *)reason, strlen(reason));
+        else netchan__emit_refused(w, reason);
         w->generation = UINT64_MAX; /* one question; a HELLO may follow */
         return;
     }
@@ -6047,7 +6044,6 @@ static void netchan__turn_off(netchan__conn *c, const char *reason, bool fatal) 
     if (fatal && !h->was_up) e->failure = NETCHAN_EAUTH;
     e->trial = NULL;
     netchan__schedule_dial(e, netchan__now_ns());
-    h->news = true;
 }
 
 /* The connection is over; reason is the end of a sentence about the other side. fatal: trying again is no use. */
@@ -6060,7 +6056,6 @@ static void netchan__close_conn(netchan__conn *c, const char *reason, bool fatal
     else if (lost) netchan__schedule_dial(e, now);
     else if (serves && e->hub.dials) netchan__redial(e, c, now);
     e->conns--;
-    e->hub.news = true;
     netchan__io.next_tick = 0; /* its session waits from now on */
     NETCHAN__UNLINK(netchan__io.conns, c, prev, next);
     close(c->fd);
@@ -6168,7 +6163,6 @@ static bool netchan__conn_write(netchan__conn *c) {
         if (c->state != NETCHAN__SPEAKING || netchan__buf_size(&c->stream.out) >= NETCHAN__CIPHER_HIGH) return true;
         pthread_mutex_lock(&netchan__net_lock);
         size_t size = netchan__wire_output(&c->wire, netchan__io.plain);
-        netchan__stats_sent(&c->endpoint->hub, size);
         netchan__io_unlock();
         if (!size) return true;
         pthread_mutex_lock(&netchan__tls_lock);
@@ -6201,7 +6195,6 @@ static int netchan__conn_decrypt(netchan__conn *c) {
         pthread_mutex_lock(&netchan__net_lock);
         if (c->state == NETCHAN__HANDSHAKING) netchan__start_wire(c, now);
         else {
-            netchan__stats_received(&c->endpoint->hub, (size_t)n);
             netchan__wire_input(&c->wire, now, netchan__io.plain, (size_t)n);
             netchan__note_up(c);
             if (c->wire.ack_at) netchan__tick_before(c->wire.ack_at);
@@ -6424,10 +6417,7 @@ static void *netchan__io_main(void *arg) {
         if (now >= netchan__io.next_tick || netchan__net.breached) netchan__tick(now);
         netchan__settle();
         netchan__send_pending();
-        for (netchan__endpoint *e = netchan__io.endpoints; e; e = e->next) {
-            if (e->hub.hanging_up || e->hub.news) pthread_cond_broadcast(&e->changed);
-            e->hub.news = false;
-        }
+        for (netchan__endpoint *e = netchan__io.endpoints; e; e = e->next) pthread_cond_broadcast(&e->changed);
         netchan__write_logs();
         if (netchan__net.pending || netchan__io.stop || netchan__io.next_tick == 0) continue;
         size_t count = netchan__collect_polls();

@@ -244,13 +244,11 @@ static void free_world(world *w) {
 /* --- bytes -------------------------------------------------------------------------------------------------------- */
 
 /* Puts what one end has to say, at most one record, on its way. Returns how many bytes. */
-static size_t ship_from(world *w, cable *c, int who) {
+static size_t ship_from(cable *c, int who) {
     static uint8_t record[NETCHAN__FRAME_MAX];
-    side *x = who ? &w->l : &w->d;
     if (!c->open[who] || (c->forged && who == DIALLER)) return 0;
     lock();
     size_t size = netchan__wire_output(&c->wire[who], record);
-    netchan__stats_sent(&x->h, size);
     unlock();
     CHECK(size <= NETCHAN__FRAME_MAX);
     if (size && c->open[!who]) send_bytes(&c->to[!who], record, size);
@@ -259,7 +257,7 @@ static size_t ship_from(world *w, cable *c, int who) {
 
 static size_t ship(world *w, side *x) {
     size_t size = 0;
-    FOR_CABLES(w, c) size += ship_from(w, c, x->who);
+    FOR_CABLES(w, c) size += ship_from(c, x->who);
     return size;
 }
 
@@ -276,7 +274,6 @@ static size_t arrive_at(world *w, cable *c, int who, size_t max) {
     CHECK(copy);
     memcpy(copy, p->data + p->start, size);
     lock();
-    netchan__stats_received(&(who ? &w->l : &w->d)->h, size);
     netchan__wire_input(x, w->now, copy, size);
     unlock();
     free(copy);
@@ -594,7 +591,7 @@ static void forge(world *w, side *x, const text *t) {
 typedef struct bare {
     netchan__session *s;
     netchan__wire wire;
-    netchan_stats stats;
+    netchan__hub hub;
     uint8_t record[NETCHAN__FRAME_MAX];
 } bare;
 
@@ -605,7 +602,8 @@ static void make_bare(bare *b) {
     b->s->peer.emit = netchan__session_emit;
     b->s->peer.max_message = (size_t)1 << 20;
     b->s->peer.max_memory = (size_t)1 << 30;
-    b->s->peer.stats = &b->stats;
+    b->s->peer.stats = &b->hub.stats;
+    b->wire.hub = &b->hub;
     b->s->wire = &b->wire;
     b->wire.session = b->s;
     b->wire.up = true;
@@ -2786,7 +2784,7 @@ static void test_who_never_acknowledges(void) {
         put_frame(&t, NETCHAN__DEMAND, (uint64_t[]){1, count + 1, count + 1, 4}, 4, NULL, 0);
         forge(&w, &w.l, &t);
         begin_send(&s[count], w.l.h.link.send, netchan_bytes(bytes, SIZE), NETCHAN_FOREVER);
-        for (size_t size; (size = ship_from(&w, w.newest, LISTENER)) > 0;) given += size;
+        for (size_t size; (size = ship_from(w.newest, LISTENER)) > 0;) given += size;
         drop_bytes(&w.newest->to[DIALLER]);
         CHECK(given < window + NETCHAN__FRAME_MAX + 100);
         CHECK(netchan__buf_size(&x->out) < l.max_memory + 2 * window + 2 * NETCHAN__FRAME_MAX);
@@ -2852,9 +2850,9 @@ static void test_rollover_whose_new_link_breaks(void) {
         task s, r;
         begin_send(&s, w.l.h.link.send, netchan_int(2), NETCHAN_FOREVER);
         begin_recv(&r, w.d.h.link.recv, LONG);
-        CHECK_INT(ship_from(&w, old, DIALLER), 0);
+        CHECK_INT(ship_from(old, DIALLER), 0);
         for (size_t arrived = 0; arrived < bytes;) {
-            size_t n = ship_from(&w, c, DIALLER) + ship_from(&w, c, LISTENER);
+            size_t n = ship_from(c, DIALLER) + ship_from(c, LISTENER);
             for (int who = 1; who >= 0 && arrived < bytes; who--) arrived += arrive_at(&w, c, who, 1);
             if (!n && !pipe_size(&c->to[0]) && !pipe_size(&c->to[1])) break;
         }

@@ -129,7 +129,7 @@ struct port {
     bool open, died;          /* died: with its node */
     place *send, *recv;
     struct side *trial;
-    size_t which;
+    size_t which, tried;
     uint64_t next_dial, linger;
     unsigned failures;
     bool stopping, reported;
@@ -164,7 +164,7 @@ typedef struct side {
     netchan__wire wire;
     bool stranger, closing;
     bool writes;        /* there may be something to send */
-    uint64_t deadline, up_at, stalled; /* stalled: nothing arrives before */
+    uint64_t deadline, stalled; /* stalled: nothing arrives before */
     char reason[200];
     /* What is on its way to it: records, each after its size in 4 bytes. */
     uint8_t *in;
@@ -909,7 +909,6 @@ static bool pump(side *x) {
     be(x->port->node);
     lock_net();
     size_t size = netchan__wire_output(&x->wire, record);
-    netchan__stats_sent(&x->port->hub, size);
     unlock_net();
     if (!size) x->writes = false;
     if (!size) return false;
@@ -929,10 +928,10 @@ static void note_peers(side *x, uint64_t before) {
 static void note_up(side *x) {
     if (!x->stranger || !x->wire.up) return;
     x->stranger = false;
-    x->up_at = world.now;
     if (x->port->trial != x) return;
     x->port->trial = NULL;
     x->port->failures = 0;
+    x->port->tried = 0;
 }
 
 /* So many bytes arrive, each time at most the rest of a record. */
@@ -946,7 +945,6 @@ static void deliver(side *x, size_t size) {
         if (!x->record) {
             x->record = (size_t)netchan__load(x->in + x->in_begin, 4);
             x->in_begin += 4;
-            netchan__stats_received(&x->port->hub, x->record);
         } else x->wire.records_in--; /* records are counted, not pieces of them */
         size_t piece = size < x->record ? size : x->record;
         if (piece > waiting(x)) piece = waiting(x);
@@ -966,14 +964,16 @@ static void deliver(side *x, size_t size) {
 /* As netchan__schedule_dial(). */
 static void schedule_dial(port *p) {
     netchan__hub *h = &p->hub;
+    if (++p->tried >= h->addresses && h->session && h->session->refused && !h->session->wire)
+        netchan__end_session(h->session, "no address leads to who knows the session");
     if (++p->which < h->addresses) return;
     p->which = 0;
-    if (h->session && h->session->refused && !h->session->wire)
-        netchan__end_session(h->session, "no address leads to who knows the session");
     uint64_t wait = (uint64_t)NETCHAN__BACKOFF_MIN_MS << (p->failures < 7 ? p->failures : 7);
-    if (wait > NETCHAN__BACKOFF_MAX_MS) wait = NETCHAN__BACKOFF_MAX_MS;
+    uint64_t most = h->session && h->options.resume_ms > 0 ? (uint64_t)h->options.resume_ms / 16 : UINT64_MAX;
+    if (most > NETCHAN__BACKOFF_MAX_MS) most = NETCHAN__BACKOFF_MAX_MS;
+    if (wait > most) wait = most;
     p->failures++;
-    p->next_dial = world.now + (wait / 2 + below((size_t)wait)) * MS;
+    p->next_dial = world.now + (wait / 2 + below((size_t)wait + 1)) * MS;
 }
 
 /* As netchan__close_conn(). Caller holds netchan__net_lock, as this side's node. */
@@ -988,8 +988,8 @@ static void close_side(side *x, const char *reason) {
         schedule_dial(p);
     } else if (lost) schedule_dial(p);
     else if (serves && h->dials) {
-        bool of_use = x->wire.moved || world.now > x->up_at + (uint64_t)NETCHAN__FLUSH_MS * MS;
-        p->next_dial = of_use ? world.now : world.now + below(NETCHAN__BACKOFF_MIN_MS * MS);
+        p->tried = 0;
+        p->next_dial = x->wire.moved ? world.now : world.now + below(NETCHAN__BACKOFF_MIN_MS * MS);
     }
     x->open = false;
     free(x->in);
@@ -1062,10 +1062,7 @@ static void open_side(conn *c, int which, port *p) {
 
 /* Whether somebody accepts connections at this port, see netchan__accepts(). */
 static bool accepts(const port *p) {
-    if (!p->open || p->hub.dials || p->stopping) return false;
-    const netchan__session *s = p->hub.hanging_up ? p->hub.sessions : NULL;
-    while (s && s->wire) s = s->next;
-    return !p->hub.hanging_up || s;
+    return p->open && !p->hub.dials && !p->stopping && (!p->hub.hanging_up || p->hub.peers);
 }
 
 /* Who accepts at an address: if several listen there, as one hangs up and has a successor, one of them by chance. */
@@ -1319,6 +1316,10 @@ static void tick_node(size_t n) {
         netchan__check_claims(world.now);
         world.nodes[n].next_check = world.now + (uint64_t)NETCHAN__CHECK_MS * MS;
     }
+    for (size_t i = 0; i < 2 * MAX_CONNS; i++) { /* before a dial, which pauses a link only when TLS is done */
+        side *x = &world.conns[i / 2].sides[i % 2];
+        if (x->open && x->port->node == n) tick_side(x);
+    }
     for (size_t i = 0; i < world.port_count; i++) {
         port *p = &world.ports[i];
         if (!p->open || p->node != n) continue;
@@ -1329,10 +1330,6 @@ static void tick_node(size_t n) {
         dial_now(p);
         be(n);
         lock_net();
-    }
-    for (size_t i = 0; i < 2 * MAX_CONNS; i++) {
-        side *x = &world.conns[i / 2].sides[i % 2];
-        if (x->open && x->port->node == n) tick_side(x);
     }
     unlock_net();
     note_pending();
