@@ -738,6 +738,7 @@ static void test_hangup_does_not_wait_for_ever(void) {
         way w = shaky_way(&s, direction);
         send_int(w.send, 0);
         CHECK_INT(recv_int(w.recv), 0);
+        if (direction) wait_for_in_flight(s.l, 0); /* the listener knows that it was taken */
         if (!direction) { /* the listener has them, and the dialler cannot know what becomes of them */
             for (int i = 1; i < 4; i++) send_int(w.send, i);
             wait_for_len(w.recv, 3);
