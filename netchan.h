@@ -1969,11 +1969,14 @@ static void netchan__mark_dirty(netchan *ch) {
     netchan__net.dirty = ch;
 }
 
+/* The I/O thread looks at all links and sessions: one is to be ended or replaced, or may be. */
+static void netchan__look(void) { netchan__net.breached = netchan__net.wake = true; }
+
 /* The peer did what it may not, or memory for it is short: the I/O thread will end its session. what: the end of a
  * sentence about it. */
 static void netchan__breach(netchan__peer *p, const char *what) {
     if (!p->breach) p->breach = what;
-    netchan__net.breached = netchan__net.wake = true;
+    netchan__look();
 }
 
 static bool netchan__is_net(netchan *ch) { return __atomic_load_n(&ch->lock, __ATOMIC_ACQUIRE) == &netchan__net_lock; }
@@ -2474,7 +2477,7 @@ static netchan_value *netchan__match_value(netchan__match *m) {
 static void netchan__unlink_match(netchan__match *m) {
     const netchan__peer *taker = m->receiver && !m->receiver->op ? m->receiver->peer : NULL;
     if ((m->lane->peer && m->lane->peer->farewell) || (taker && taker->farewell))
-        netchan__net.breached = netchan__net.wake = true; /* its farewell may be answered now */
+        netchan__look(); /* its farewell may be answered now */
     NETCHAN__UNLINK(m->ch->matches, m, prev, next);
     netchan__map_remove(&netchan__net.matches, m->id);
     m->lane->matching--;
@@ -4214,7 +4217,7 @@ static void netchan__wire_fail(netchan__wire *w, const char *reason) {
     if (w->failure) return;
     snprintf(w->failure_text, sizeof w->failure_text, "%s", reason);
     w->failure = w->failure_text;
-    netchan__net.breached = netchan__net.wake = true;
+    netchan__look();
 }
 
 /* Appends a frame that is not numbered. */
@@ -4396,7 +4399,7 @@ static void netchan__on_ack(netchan__session *s, uint64_t n) {
 
 /* At the limit the I/O thread looks whether a new link is wanted. */
 static void netchan__count_record(uint64_t *count) {
-    if (++*count == NETCHAN_KEY_RECORDS) netchan__net.breached = netchan__net.wake = true;
+    if (++*count == NETCHAN_KEY_RECORDS) netchan__look();
 }
 
 /* The next frames for the link, at most one record of NETCHAN__FRAME_MAX bytes, which count as sent. Returns how many
@@ -4781,7 +4784,8 @@ static netchan_stats netchan__hub_stats(const netchan__hub *h) {
 
 /* ---- Sessions begin and end. ---- */
 
-static netchan__session *netchan__make_session(netchan__wire *w) {
+/* fresh: its id and its secret. */
+static netchan__session *netchan__make_session(netchan__wire *w, const uint8_t *fresh) {
     netchan__hub *h = w->hub;
     netchan__session *s = (netchan__session *)netchan__alloc(sizeof *s);
     if (!s) return NULL;
@@ -4796,6 +4800,8 @@ static netchan__session *netchan__make_session(netchan__wire *w) {
     p->patience = resume_ms < 0 ? UINT64_MAX : (6 * (uint64_t)h->options.ping_ms + 2 * (uint64_t)resume_ms) * 1000000u;
     p->stats = &h->stats;
     s->hub = h;
+    memcpy(s->id, fresh, sizeof s->id);
+    memcpy(s->secret, fresh + sizeof s->id, sizeof s->secret);
     memcpy(s->identity, w->identity, sizeof s->identity);
     NETCHAN__LINK(h->sessions, s, prev, next);
     h->peers++;
@@ -5033,9 +5039,7 @@ static netchan__session *netchan__welcome(netchan__wire *w) {
         return NULL;
     }
     w->fresh[0] |= 1; /* no key of a map is 0 */
-    netchan__session *s = netchan__make_session(w);
-    if (s) memcpy(s->id, w->fresh, sizeof s->id);
-    if (s) memcpy(s->secret, w->fresh + sizeof s->id, sizeof s->secret);
+    netchan__session *s = netchan__make_session(w, w->fresh);
     if (s && netchan__map_put(&h->by_id, netchan__load(s->id, 8), s)) return s;
     netchan__refuse(w, "out of memory for a new peer");
     if (!s) return NULL;
@@ -5058,13 +5062,13 @@ static void netchan__on_hello(netchan__wire *w, netchan__reader *r) {
     netchan__read_varint(r); /* max_ops: a caller that exceeds it is told by the breach */
     netchan__read_varint(r); /* ping_ms: each side looks after itself */
     size_t capacity = netchan__clamp(netchan__read_varint(r));
-    const uint8_t *fresh = h->dials ? netchan__read_bytes(r, sizeof w->fresh) : w->fresh;
+    const uint8_t *fresh = h->dials ? netchan__read_bytes(r, sizeof w->fresh) : NULL;
     if (r->bad) {
         netchan__wire_fail(w, "its greeting is not whole");
         return;
     }
     netchan__lane *lane = h->dials ? NULL : (netchan__lane *)netchan__alloc(sizeof *lane);
-    netchan__session *s = h->dials ? netchan__make_session(w) : lane ? netchan__welcome(w) : NULL;
+    netchan__session *s = h->dials ? netchan__make_session(w, fresh) : lane ? netchan__welcome(w) : NULL;
     if (!s) {
         netchan__wire_fail(w, "out of memory for a new peer"); /* unless it was refused */
         NETCHAN_FREE(lane);
@@ -5073,8 +5077,6 @@ static void netchan__on_hello(netchan__wire *w, netchan__reader *r) {
     memcpy(s->peer.process, process, sizeof s->peer.process);
     s->peer.their_message = netchan__clamp(max_message);
     s->peer.their_memory = netchan__clamp(max_memory);
-    if (h->dials) memcpy(s->id, fresh, sizeof s->id);
-    if (h->dials) memcpy(s->secret, fresh + sizeof s->id, sizeof s->secret);
     if (!h->dials) netchan__emit_hello(w, capacity);
     w->generation = 0; /* it may have asked for another session before */
     netchan__attach(s, w, 0);

@@ -1861,6 +1861,13 @@ typedef struct call {
     pthread_t thread;
 } call;
 
+/* The dialler hangs up, nobody is at the door any more, and all memory is free. */
+static void end_call(call *c, const door *d) {
+    netchan_hangup(c->link, NULL);
+    close(d->fd);
+    CHECK_INT(alloc_blocks(), 0);
+}
+
 static void *run_call(void *arg) {
     call *c = (call *)arg;
     c->link = netchan_dial(c->address, &c->o);
@@ -1984,9 +1991,7 @@ static void test_a_lying_listener(void) {
         check_quiet(r);
     }
     raw_close(r);
-    netchan_hangup(c.link, NULL);
-    close(d.fd);
-    CHECK_INT(alloc_blocks(), 0);
+    end_call(&c, &d);
 }
 
 /* A listener that grants less than was asked for. */
@@ -2014,9 +2019,7 @@ static void test_less_capacity_than_asked_for(void) {
     raw_say(r, &b);
     check_quiet(r);
     raw_close(r);
-    netchan_hangup(c.link, NULL);
-    close(d.fd);
-    CHECK_INT(alloc_blocks(), 0);
+    end_call(&c, &d);
 }
 
 /* A select is promised to a listener that takes its time. Meanwhile a link of the other case is hung up, on which
@@ -2078,9 +2081,7 @@ static void test_hangup_while_a_select_is_promised(void) {
         }
         netchan_free(recv);
         raw_close(r);
-        netchan_hangup(c.link, NULL);
-        close(d.fd);
-        CHECK_INT(alloc_blocks(), 0);
+        end_call(&c, &d);
     }
 }
 
@@ -2164,9 +2165,7 @@ static void test_a_dialler_resumes(void) {
     wait_event(c.link, "down", "");
     wait_event(c.link, "resumed", "");
     raw_close(r);
-    netchan_hangup(c.link, NULL);
-    close(d.fd);
-    CHECK_INT(alloc_blocks(), 0);
+    end_call(&c, &d);
 }
 
 /* What a listener says when it says no is shown to people: it is cleaned, and cut. */
@@ -2316,9 +2315,7 @@ static void test_a_dialler_gets_values_back(void) {
     raw_say(r, &b);
     check_quiet(r);
     raw_close(r);
-    netchan_hangup(c.link, NULL);
-    close(d.fd);
-    CHECK_INT(alloc_blocks(), 0);
+    end_call(&c, &d);
 }
 
 int main(int argc, char **argv) {
