@@ -48,6 +48,7 @@
  *                                                i = netchan_select(c, 2, NETCHAN_FOREVER);
  *     select { ... default: }                    netchan_select(c, 2, NETCHAN_NOWAIT)
  *     case <-time.After(d):                      netchan_select(c, 2, d_in_milliseconds)
+ *     ch <- reply (a channel in a message)       netchan_send(ch, netchan_sender(reply), NETCHAN_FOREVER);
  *     a nil channel                              NULL
  *     panic on a second close or a late send     NETCHAN_ECLOSED
  *
@@ -73,6 +74,24 @@
  *   Results     OK: it happened. ETIMEDOUT, ECLOSED, ELOST: it did not and never will. EUNKNOWN: the peer is gone and
  *               only it knew. A value whose send timed out is never received later.
  *
+ * CHANNELS IN MESSAGES
+ *
+ *   netchan_sender(ch) and netchan_receiver(ch) may stand anywhere in a value: who receives it may send into ch, or
+ *   receive from it, wherever that is. A reply is a channel in the request; closing a channel whose receiver end went
+ *   with it cancels the request. The channel stays where it was made; what arrives is an end, counted like any channel:
+ *   netchan_as_chan() borrows it from the value, netchan_retain() keeps it. The same channel sent twice is the same
+ *   end; an end that comes back over the link it came by is the channel again. When the last holder of an end lets go
+ *   of it, or nobody ever receives the value it is in, the other side forgets it as well; cycles of ends (a channel
+ *   that lies in a channel of the other side, and the other way round) live until the session ends. An end that is
+ *   passed on to a third process is relayed by the second, and works as long as that lives and both links' sessions
+ *   last. A send through an end takes one round trip, also into a buffer.
+ *
+ *   When a session is lost, or said farewell, its ends lead nowhere: what waits on them ends with ELOST (EUNKNOWN, where
+ *   only the other side knew), and so does all that comes later. Where the channel was made, receives end with ELOST
+ *   once it is empty and all its sender ends are gone, of which at least one was lost; sends likewise, when the
+ *   receiver ends are. Giving away another end, or a name (netchan_export()), ends that. Who closes or frees an end
+ *   in good order loses nobody.
+ *
  * GUARANTEES
  *
  *   Every value sent with OK through capacity 0 was taken by exactly one receiver. Values from one thread through one
@@ -82,14 +101,22 @@
  *   broke the protocol, is the session lost: what was being committed ends with ELOST or EUNKNOWN; what never left goes
  *   to the next session; values that had left a dialler's `send` and are not known to be taken are counted in the event
  *   "lost"; and a value on the listener's work queue that was shipped and not confirmed goes to another peer, marked
- *   `redelivered` (or is counted, with options.no_redelivery). Not promised: durability (a channel lives in memory),
+ *   `redelivered` (or is counted, with options.no_redelivery).
+ *
+ *   A select happens in exactly one of its cases, and so does each one that it meets, in whatever processes they are:
+ *   no value is taken from a select that chose another case. While a link is down, an operation that is not being
+ *   committed over it goes on elsewhere: its other cases can happen, and its time ends it as usual. One that is being
+ *   committed with the process behind the broken link is decided when the link is back, or when its session is lost:
+ *   then a receive ends with ELOST and did not happen; a send ends with ELOST if its value certainly did not arrive, and
+ *   with EUNKNOWN if it may have. So under partition nothing is ever taken twice and no OK is ever taken back; what is
+ *   given up is that the two sides of one commit learn of it at the same time. Not promised: durability (a channel lives in memory),
  *   order across different senders or receivers, and anything once a process dies beyond the truthful result.
  *
  * SECURITY
  *
  *   TLS 1.3 only, with forward secrecy. Exactly one of options.shared_key, .pin and .insecure says whom to trust; with
  *   the first two both sides prove themselves before the first value. Keys are never logged and are wiped after use.
- *   What a peer can make this process hold is bounded by max_memory, max_message and max_ops, and as much again for
+ *   What a peer can make this process hold is bounded by max_memory, max_message, max_ops and max_ends, and as much again for
  *   what it is sent and does not read; max_peers and a deadline bound what strangers can. A session goes on only over
  *   a link whose other side has the same key as before and knows a secret of that session.
  *
@@ -105,20 +132,27 @@
  *     00..3f int 0..63            82 true                   87 bytes: LEN, bytes           8c i64 array: LEN, items
  *     40..7f str of 0..63 bytes   83 int: zig-zag varint    88 array: LEN, count, values   8d f32 array: LEN, items
  *     80 nil                      84 uint: varint           89 map: LEN, count, entries    8e f64 array: LEN, items
- *     81 false                    85 float: 8 bytes         8a reserved for channel ends   8f.. LEN, payload: skipped,
+ *     81 false                    85 float: 8 bytes         8a channel end: LEN (17), name 8f.. LEN, payload: skipped,
  *                                 86 str: LEN, bytes        8b i32 array: LEN, items            read as nil
  *   Numbers in floats and packed arrays are little-endian, floats IEEE 754. An entry of a map is the key (varint
  *   length, bytes without NUL) and a value. A decoder refuses nesting deeper than 64 and counts larger than the bytes
  *   left.
  *
+ *   The name of a channel end is a byte of flags, a number and a capacity (8 bytes each, little-endian). Flags: 1 it
+ *   may receive, else send; 2 the channel, or the end of it that was passed on, is the reader's, who named it so; else the
+ *   writer's, and then: 4 the writer's is an end, too, so the writer relays; 8 it is closing; 16 closed; 32 gone. The
+ *   side whose channel it is numbers what it gives away, from 2 on, both directions of a channel apart; the same number
+ *   is the same end.
+ *
  *   Frames: LENGTH (varint, of what follows), TYPE (one byte), fields (varints unless said otherwise). Frames longer
  *   than 16,384 bytes, with LENGTH, are refused. D is the dialling side, L the listening side. Channel 0 goes from D
- *   to L, channel 1 from L to D; both have their home at L. A session outlives its TLS connections. Its frames, but
+ *   to L, channel 1 from L to D; both have their home at L. Each side is the home of the channels whose ends it gives
+ *   away, or relays: H below; E is the side that has the end. A session outlives its TLS connections. Its frames, but
  *   those of types 01 to 03 and 05 to 08, have numbers, from 1 on in each direction, by counting; they are kept until
  *   acknowledged.
- *     01 HELLO  "netchan" (7 bytes), version 1, process id (16 bytes), max_message, max_memory, max_ops, ping_ms,
- *               capacity, and from L only: session id (16 bytes), secret (32 bytes). First frame each way of a new
- *               session; L waits for D's. D's capacity is its wish for channel 0, L's answer what it gets. Fields
+ *     01 HELLO  "netchan" (7 bytes), version 1, process id (16 bytes), max_message, max_memory, max_ops, max_ends,
+ *               ping_ms, capacity, and from L only: session id (16 bytes), secret (32 bytes). First frame each way of a
+ *               new session; L waits for D's. D's capacity is its wish for channel 0, L's answer what it gets. Fields
  *               after these are skipped.
  *     02 PING n, 03 PONG n       any byte received is a sign of life; a PING is answered at once
  *     04 BYE n                   its sender begins nothing new; n is 1 if it hands back what is in its buffers. The
@@ -135,33 +169,49 @@
  *     07 RESUMED n, proof        L: it goes on; L closes the older connection, and both sides go on after the other's n
  *     08 REFUSED text            L: no to HELLO or RESUME (D may say HELLO then); later, from either: the session is
  *               over
- *     10 OFFER channel, entry, op, flags, size, [value]    D: a send waits. On a channel with capacity it costs a
- *               credit, and is for large values only. flags: 1 op has several cases, 2 try (answer WITHDRAWN at once
- *               if nobody takes it), 4 firm (never declined), 8 the value is here and the home's to match
- *     11 DEMAND channel, entry, op, flags                  D: a receive waits. Flags as above
- *     12 WITHDRAW entry          D: this entry no longer waits (a DECLINE may follow it)
- *     13 GRANT match, size, [value]    D: the claim is accepted; a sender's carries the value
- *     14 DECLINE match           D: the claim is refused, its entry is gone
- *     15 TAKEN match             D: the value of a COMMIT is taken
- *     16 DATA channel, value     D: a value within credit
- *     17 CLOSE channel           D: no more values on channel 0
- *     18 FRAGMENT id, bytes      more of the value whose GRANT (from D: id is the match) or COMMIT (from L: the entry)
- *                                had none
- *     20 CLAIM entry, match, flags, size, [value]     L: flags: 1 final (granting commits), 2 redelivered
- *     21 COMMIT entry, match, flags, size, [value]    L: the engaged receive gets this value
- *     22 RELEASE entry, match    L: the grant is not used, the entry waits again
- *     23 ACCEPT entry, result    L: the send is over. result: 0 OK, else the negated result code
- *     24 WITHDRAWN entry         L: the answer to a try that found nobody
+ *     10 OFFER channel, entry, op, flags, [process (16 bytes)], size, [value]    E: a send waits. On channel 0 with
+ *               capacity it costs a credit, and is for large values only. flags: 1 op has several cases, 2 try (answer
+ *               WITHDRAWN at once if nobody takes it), 4 firm (never declined), 8 the value is here and the home's to
+ *               match (not to who relays), 16 relayed: process tells whose operation it is, else it is E's
+ *     11 DEMAND channel, entry, op, flags, [process], size    E: a receive waits. Flags as above. size: the largest
+ *               value that it takes; 0: max_message
+ *     12 WITHDRAW entry          E: this entry no longer waits (a DECLINE may follow it)
+ *     13 GRANT match, size, [value]    E: the claim is accepted; a sender's carries the value
+ *     14 DECLINE match, n        E: the claim is refused, its entry is gone. n is 1 from who relayed a value to a
+ *               process that was lost and may have taken it; then, and with 0 when it has not got it, also in answer to COMMIT
+ *     15 TAKEN match             E: the value of a COMMIT is taken
+ *     16 DATA channel, value     D: a value within credit, channel 0
+ *     17 CLOSE channel           E: no more values
+ *     18 FRAGMENT match, bytes   E: more of the value whose GRANT had none
+ *     19 DROP channel, n, lost   E has no use of the end any more, whose name it has read n times; the number may come
+ *               again in names that are on the way. lost is 1 if others had it from E and were lost
+ *     1a IMPORT n, flags, name   either side asks for what the other exports by this name (1 to 255 bytes). flags: 1 to
+ *               receive from it, 2 try (answer at once). n is not 0
+ *     1b FORGET n                this question needs no answer any more
+ *     20 CLAIM entry, match, flags, size, [value]     H: flags: 1 final (granting commits), 2 redelivered. size: of the
+ *               value that a receive would get
+ *     21 COMMIT entry, match, flags, size, [value]    H: the engaged receive gets this value
+ *     22 RELEASE entry, match    H: the grant is not used, the entry waits again
+ *     23 ACCEPT entry, result    H: a send is over; or, with a result that is not 0, any entry. result: 0 OK, else the
+ *               negated result code
+ *     24 WITHDRAWN entry         H: the answer to a try that found nobody
  *     25 CREDIT channel, n, left    L: n more values may be sent; `left` of those sent before have left the buffer
- *     26 CLOSED channel          L: after the last value
+ *     26 CLOSED channel          H, to receiver ends: after the last value
  *     27 RETURN channel, size, bytes    L hangs up: a value that nobody received; in parts if it is large, one after
  *               the other. The newest of those on the way and in the buffer, in their order, after a last CREDIT
+ *     28 FRAGMENT entry, bytes   H: more of the value whose COMMIT had none
+ *     29 CLOSING channel         H, to sender ends: the channel is closed; what is being negotiated is finished
+ *     2a GONE channel            H: the end leads nowhere any more, as its name was taken back, or as H relayed to a
+ *               process that was lost. Entries that are not in negotiation were ended before
+ *     2b IMPORTED n, flags, [end (17 bytes)]    the answer to IMPORT. flags: 0 here is the end, 1 no such name, 2 it is
+ *               exported in the other direction
  *     Entry and match numbers are not 0; OFFER and DEMAND share one space of entries. A final CLAIM to a receive
  *     carries its value, if that is no large one, and its GRANT ends the match; else COMMIT brings it, and TAKEN
  *     follows. A GRANT for a receive has size 0. The values of all OFFERs with flag 8 may count max_memory / 96 bytes.
- *     A CLAIM that is not answered for six times ping_ms and twice resume_ms of L, while its link is up, is a breach.
- *     Unknown types are skipped. size is the encoded size of the value; a value over 16,256 bytes is never in the frame
- *     that names its size: it is shipped in FRAGMENTs after GRANT or COMMIT. The commit protocol is described at [7].
+ *     A CLAIM that is not answered for six times ping_ms and twice resume_ms of H, while its link is up, is a breach;
+ *     for a relayed entry, four times that. Unknown types are skipped. size is the encoded size of the value; a value
+ *     over 16,256 bytes is never in the frame that names its size: it is shipped in FRAGMENTs after GRANT or COMMIT.
+ *     The commit protocol is described at [7], relays there as well.
  */
 
 #ifndef NETCHAN_H
@@ -245,8 +295,8 @@ enum netchan_type {
     NETCHAN_BYTES,    /* as.block: data and count in bytes */
     NETCHAN_ARRAY,    /* as.block: data is `const netchan_value *` */
     NETCHAN_MAP,      /* as.block: data is `const netchan_entry *`; order and repeated keys are kept */
-    NETCHAN_SENDER,   /* as.chan: who receives this may send into it (not yet across machines: NETCHAN_ETYPE) */
-    NETCHAN_RECEIVER, /* as.chan: who receives this may receive from it (likewise) */
+    NETCHAN_SENDER,   /* as.chan: who receives this may send into it */
+    NETCHAN_RECEIVER, /* as.chan: who receives this may receive from it */
     NETCHAN_I32S,     /* as.block: data is `const int32_t *`, packed; count in items, as for the next three */
     NETCHAN_I64S,     /* `const int64_t *` */
     NETCHAN_F32S,     /* `const float *` */
@@ -421,18 +471,22 @@ NETCHANDEF netchan *netchan_retain(netchan *ch); /* Counts one more holder and r
 NETCHANDEF void netchan_free(netchan *ch);
 
 /* Sends a copy of v. Returns OK when a receiver took it (capacity 0) or the buffer did; ETIMEDOUT, ECLOSED; ENOMEM;
- * EINVAL for a receiver end or for what cannot be a value; ETYPE when v holds a channel and ch leads to another
- * process; ETOOBIG when v is larger than the peer takes; ELOST or EUNKNOWN. With ch NULL it waits for timeout_ms, as in
- * Go. */
+ * EINVAL for a receiver end, for what cannot be a value, or when v holds an end in the wrong direction; ETOOBIG when v
+ * is larger than the peer takes, or holds ends and the peer has max_ends of ours; ELOST when the other side of the
+ * channel was lost, EUNKNOWN. With ch NULL it waits for timeout_ms, as in Go. */
 NETCHANDEF int netchan_send(netchan *ch, netchan_value v, int timeout_ms);
 /* Receives into *v; the caller clears it. v may be NULL to drop the value. On any result but OK *v is nil. Returns OK;
  * ECLOSED when the channel is closed and empty; ETIMEDOUT; EINVAL for a sender end; ENOMEM; ELOST. */
 NETCHANDEF int netchan_recv(netchan *ch, netchan_value *v, int timeout_ms);
+/* The same, and tells in *from (may be NULL) which peer sent the value; id 0: this process. At an end it is the peer
+ * that the end came from. */
+NETCHANDEF int netchan_recvfrom(netchan *ch, netchan_value *v, netchan_peer *from, int timeout_ms);
 /* No more values will be sent. Those already in the channel can still be received; then receives return ECLOSED. Sends
  * that wait return ECLOSED. Does not wait and does not free. Returns OK, ECLOSED when it was closed before, or EINVAL
  * on a receiver end. */
 NETCHANDEF int netchan_close(netchan *ch);
-/* Values in the buffer; at the dialling end of a link what this process knows of it. */
+/* Values in the buffer; at the dialling end of a link what this process knows of it, at an end that came in a value
+ * 0. */
 NETCHANDEF size_t netchan_len(netchan *ch);
 /* The capacity; of a listener's recv, the sum over its peers. */
 NETCHANDEF size_t netchan_cap(netchan *ch);
@@ -453,8 +507,9 @@ NETCHANDEF netchan_case netchan_case_recv(netchan *ch, netchan_value *v);
 
 /* Waits until exactly one of the cases happens; if several can, one of them by chance. A case on a closed channel can
  * always happen, with result ECLOSED. One channel may be in several cases; two cases of one select never serve each
- * other. Returns the index of the case (look at its result), or ETIMEDOUT, EINVAL, ENOMEM, ETYPE; with no case that has
- * a channel it waits for timeout_ms. */
+ * other. A remote case that waits while a local one is ready again and again has its turn every 16th time. Returns the
+ * index of the case (look at its result), or ETIMEDOUT, EINVAL, ENOMEM; with no case that has a channel it waits for
+ * timeout_ms. */
 NETCHANDEF int netchan_select(netchan_case *cases, size_t count, int timeout_ms);
 
 /* ====================================================================================================================
@@ -476,6 +531,7 @@ typedef struct netchan_options {
     size_t max_message; /* bytes of one encoded value that may come in [128 MiB] */
     size_t max_memory;  /* bytes that one peer's values may occupy here [and at least: twice max_message] */
     size_t max_ops;     /* operations of one peer that may wait here [65536] */
+    size_t max_ends;    /* channel ends that one peer may have given to this process at a time [65536] */
     size_t max_peers;   /* listening: peers, also those whose link is down [10000] */
     int connect_ms;     /* dialling: how long the first connection may take, negative: for ever [10000] */
     int resume_ms;      /* how long a session waits for a new link, negative: for ever, even for the dead [30000] */
@@ -504,23 +560,29 @@ typedef struct netchan_link {
     netchan *recv;
     /* What happened, as maps: {"event": ..., "peer": uint, "address": str, ...}. Receive from it, or do not: it holds
      * the newest 64.
-     * "up"       a session with a peer began. "listening": bool
+     * "up"       a session with a peer began. "listening": bool, "identity": str, as in accept
      * "down"     its link broke; the session waits for another, and nothing is lost. "reason": str
      * "resumed"  the session goes on over a new link. "replayed": uint, frames that had to be sent again
      * "drained"  the session ended with a farewell of both sides. "reason", and counts as in "lost"
      * "lost"     the session ended without. "reason": str; of the values sent to this peer, "taken": uint, known to be
      *            taken; "returned": uint, known not to be, and sent again to whoever comes; "unknown": uint, values
-     *            whose fate only the peer knew
+     *            whose fate only the peer knew; "undelivered": uint, values that were for this peer alone
      * "rejected" a stranger was turned away. "reason": str
      * "closed"   the peer closed its sending channel, and all its values were received
      * "dropped": uint stands in the next event after older ones were dropped. */
     netchan *events;
+    /* Listening: one value per new peer, as a map: {"peer": uint, "identity": str, "address": str, "send": sender end,
+     * "recv": receiver end}. Who receives it takes that peer out of send and recv above: its values that nobody has
+     * received yet come from "recv", in their order, and what is sent into "send" is for it alone. Both end with
+     * ECLOSED when the peer has hung up, with ELOST when it was lost. identity is "sha256:..." of its key, or
+     * "shared_key". Dialling: NULL. */
+    netchan *accept;
     const char *address; /* the address bound or dialled, with the real port */
     int listen_fd;       /* listening: the socket, to be passed on to a successor; else -1 */
 } netchan_link;
 
 typedef struct netchan_report {
-    size_t undelivered; /* values that were sent with OK and were certainly not taken */
+    size_t undelivered; /* values that were sent with OK and were certainly not taken, also those for peers now gone */
     size_t unknown;     /* values of which only the peer knew, since the link was opened; also when calls said so */
     size_t unreceived;  /* values that came from peers which are gone, and that nobody received here */
 } netchan_report;
@@ -559,6 +621,31 @@ NETCHANDEF netchan_link *netchan_dial(const char *address, const netchan_options
  * next. *report (may be NULL) tells what was not delivered. Returns OK, or ETIMEDOUT when values were left; the link is
  * gone all the same; or when values of a session that was lost before are unknown. NULL is allowed. */
 NETCHANDEF int netchan_hangup(netchan_link *link, netchan_report *report);
+
+/* Sends a copy of v to one peer of a listening link, before what link->send has for it; options.buffer values may wait
+ * for each. Returns as netchan_send(); ENOPEER at once when there is no such peer (any more), ELOST when it is lost
+ * while the call waits. At a dialling link the one peer is the listener. */
+NETCHANDEF int netchan_sendto(netchan_link *link, netchan_peer peer, netchan_value v, int timeout_ms);
+/* Sends a copy of v to each peer that is there now, as netchan_sendto() would, to all at the same time: a slow one
+ * delays the call, but no other peer. *reached (may be NULL) tells how many took it, or have room for it in their
+ * buffer. Returns OK when all did that did not leave meanwhile, also when there is none; else the result of one that
+ * did not: ETIMEDOUT, ELOST, ...; those will never get it. EINVAL, ENOMEM: nobody got it. */
+NETCHANDEF int netchan_broadcast(netchan_link *link, netchan_value v, size_t *reached, int timeout_ms);
+
+/* Lets the other side of the link (of a listening link: each peer, also those to come) import ch by this name, of 1 to
+ * 255 bytes. end is what they get: NETCHAN_SENDER to send into ch, NETCHAN_RECEIVER to receive from it; several who
+ * import a receiver compete for its values. The name holds ch until netchan_unexport() or netchan_hangup(). Returns OK,
+ * EINVAL (the name is taken, or an argument is not good) or ENOMEM. */
+NETCHANDEF int netchan_export(netchan_link *link, const char *name, netchan *ch, enum netchan_type end);
+/* Takes the name back. Ends that were imported by it lead nowhere from now on: operations on them end with ELOST. Other
+ * names, and ends in values, stay. Returns OK, or EINVAL when there is no such name. */
+NETCHANDEF int netchan_unexport(netchan_link *link, const char *name);
+/* Imports what the other side of the link (of a listening link: whichever peer has it first) exports by this name,
+ * waiting until it does. *ch is then an end, and the caller's: netchan_free() it. Returns OK; ETIMEDOUT when nobody
+ * exported it in time, with NETCHAN_NOWAIT when there is no such name now; ETYPE when it is exported in the other
+ * direction; ECLOSED when the link is being hung up; EINVAL. *ch is NULL then. */
+NETCHANDEF int netchan_import(netchan_link *link, const char *name, enum netchan_type end, netchan **ch,
+                              int timeout_ms);
 
 /* Fills in *stats. Returns OK, or EINVAL when one of the two is NULL. */
 NETCHANDEF int netchan_get_stats(netchan_link *link, netchan_stats *stats);
@@ -934,7 +1021,11 @@ static int netchan__fail_memory(const char *function) {
  * no byte outside and allocates at most once, after everything was checked.
  * ================================================================================================================== */
 
-enum { NETCHAN__OWNED = 1, NETCHAN__HAS_CHANNELS = 2 };
+enum {
+    NETCHAN__OWNED = 1,
+    NETCHAN__HAS_CHANNELS = 2, /* and counts them */
+    NETCHAN__CARRIES = 4       /* channels are in it, borrowed as all the rest */
+};
 
 enum netchan__tag {
     NETCHAN__TAG_STR0 = 0x40,
@@ -956,6 +1047,17 @@ enum netchan__tag {
 };
 
 static const netchan_value netchan__nil_value = {NETCHAN_NIL, 0, {false}};
+
+/* How a session names the channels in values. A name has NETCHAN__END_SIZE bytes; the first bit tells a receiver end
+ * from a sender end. */
+enum { NETCHAN__END_SIZE = 17, NETCHAN__END_RECEIVER = 1 };
+
+typedef struct netchan__ends netchan__ends;
+struct netchan__ends {
+    void (*name)(netchan__ends *e, const netchan_value *v, uint8_t *out);
+    netchan *(*find)(netchan__ends *e, const uint8_t *name); /* counted for the caller; NULL: it cannot be had */
+    bool failed;                                             /* one could not be had */
+};
 
 static netchan_value netchan__make_value(enum netchan_type type) {
     netchan_value v;
@@ -1166,6 +1268,7 @@ static int netchan__measure_value(const netchan_value *v, unsigned depth, netcha
     case NETCHAN_FLOAT: m->wire += 9; return NETCHAN_OK;
     case NETCHAN_SENDER: case NETCHAN_RECEIVER:
         m->channels = true;
+        m->wire += 2 + NETCHAN__END_SIZE;
         return v->as.chan ? NETCHAN_OK : netchan__fail(NETCHAN_EINVAL, "this value is a channel that is NULL");
     case NETCHAN_STR: case NETCHAN_BYTES:
     case NETCHAN_I32S: case NETCHAN_I64S: case NETCHAN_F32S: case NETCHAN_F64S: {
@@ -1225,15 +1328,15 @@ static unsigned netchan__block_tag(uint8_t type) {
     }
 }
 
-static uint8_t *netchan__write_value(uint8_t *p, const netchan_value *v);
+static uint8_t *netchan__write_value(uint8_t *p, const netchan_value *v, netchan__ends *ends);
 
-static uint8_t *netchan__write_children(uint8_t *p, const netchan_value *v) {
+static uint8_t *netchan__write_children(uint8_t *p, const netchan_value *v, netchan__ends *ends) {
     uint8_t *end = p;
     size_t count = netchan__child_count(v);
     for (size_t i = count; i-- > 0;) {
         netchan_entry e;
         netchan__child(v, i, &e);
-        p = netchan__write_value(p, &e.value);
+        p = netchan__write_value(p, &e.value, ends);
         if (v->type == NETCHAN_ARRAY) continue;
         size_t length = strlen(e.key);
         p = netchan__write_bytes(p, e.key, length);
@@ -1244,8 +1347,9 @@ static uint8_t *netchan__write_children(uint8_t *p, const netchan_value *v) {
     return netchan__write_tag(p, v->type == NETCHAN_ARRAY ? NETCHAN__TAG_ARRAY : NETCHAN__TAG_MAP);
 }
 
-/* Writes the measured value v so that it ends before p; returns where it begins. */
-static uint8_t *netchan__write_value(uint8_t *p, const netchan_value *v) {
+/* Writes the measured value v so that it ends before p; returns where it begins. ends may be NULL when no channel is in
+ * it. */
+static uint8_t *netchan__write_value(uint8_t *p, const netchan_value *v, netchan__ends *ends) {
     switch ((enum netchan_type)v->type) {
     case NETCHAN_NIL: return netchan__write_tag(p, NETCHAN__TAG_NIL);
     case NETCHAN_BOOL: return netchan__write_tag(p, v->as.boolean ? NETCHAN__TAG_TRUE : NETCHAN__TAG_FALSE);
@@ -1267,10 +1371,12 @@ static uint8_t *netchan__write_value(uint8_t *p, const netchan_value *v) {
         if (v->type == NETCHAN_STR && size < 64) return netchan__write_tag(p, NETCHAN__TAG_STR0 + (unsigned)size);
         return netchan__write_tag(netchan__write_varint(p, size), netchan__block_tag(v->type));
     }
-    case NETCHAN_ARRAY: case NETCHAN_MAP: case NETCHAN_STRUCT: return netchan__write_children(p, v);
-    case NETCHAN_SENDER: case NETCHAN_RECEIVER: break;
+    case NETCHAN_ARRAY: case NETCHAN_MAP: case NETCHAN_STRUCT: return netchan__write_children(p, v, ends);
+    case NETCHAN_SENDER: case NETCHAN_RECEIVER:
+        ends->name(ends, v, p -= NETCHAN__END_SIZE);
+        return netchan__write_tag(netchan__write_varint(p, NETCHAN__END_SIZE), NETCHAN__TAG_END);
     }
-    NETCHAN_ASSERT(false && "a channel, or a value that was not measured");
+    NETCHAN_ASSERT(false && "a value that was not measured");
     return p;
 }
 
@@ -1283,7 +1389,7 @@ NETCHANDEF int netchan_encode(const netchan_value *v, void *out, size_t size, si
         return netchan__fail(NETCHAN_ETYPE, "netchan_encode: the value holds a channel, which has no bytes");
     if (size < m.wire)
         return netchan__fail(NETCHAN_ETOOBIG, "netchan_encode: %zu bytes needed, %zu given", m.wire, size);
-    netchan__write_value((uint8_t *)out + m.wire, v);
+    netchan__write_value((uint8_t *)out + m.wire, v, NULL);
     return NETCHAN_OK;
 }
 
@@ -1409,6 +1515,9 @@ static void netchan__read_head(netchan__reader *r, netchan_value *v, netchan__re
     body->p = netchan__read_bytes(r, size);
     body->bad = !body->p;
     body->end = body->p ? body->p + size : NULL;
+    if (tag == NETCHAN__TAG_END && size == NETCHAN__END_SIZE && body->p)
+        v->type = *body->p & NETCHAN__END_RECEIVER ? NETCHAN_RECEIVER : NETCHAN_SENDER;
+    else if (tag == NETCHAN__TAG_END) r->bad = true;
     if (r->bad || !netchan__is_block(v)) return;
     size_t item = netchan__item_size(v->type);
     if (netchan__has_children(v)) {
@@ -1419,37 +1528,46 @@ static void netchan__read_head(netchan__reader *r, netchan_value *v, netchan__re
     else v->as.block.count = (size_t)(size / item);
 }
 
-/* Adds the bytes of memory that the next value needs to *block; sets r->bad when it is malformed. */
-static void netchan__scan_value(netchan__reader *r, unsigned depth, size_t *block) {
+/* Adds what the next value needs in memory to *m; sets r->bad when it is malformed. */
+static void netchan__scan_value(netchan__reader *r, unsigned depth, netchan__measure *m) {
     netchan_value v;
     netchan__reader body;
     netchan__read_head(r, &v, &body);
     if (depth > NETCHAN_MAX_DEPTH) r->bad = true;
+    m->channels |= netchan__is_chan(&v);
     if (r->bad || !netchan__is_block(&v)) return;
-    if (v.as.block.count > SIZE_MAX / 64 || *block > SIZE_MAX / 2) { /* where pointers have 32 bits */
+    if (v.as.block.count > SIZE_MAX / 64 || m->block > SIZE_MAX / 2) { /* where pointers have 32 bits */
         r->bad = true;
         return;
     }
     size_t size = v.as.block.count * netchan__item_size(v.type);
-    *block += size ? netchan__align(size + (v.type == NETCHAN_STR)) : 0;
+    m->block += size ? netchan__align(size + (v.type == NETCHAN_STR)) : 0;
     if (!netchan__has_children(&v)) return;
     for (size_t i = 0; i < v.as.block.count && !body.bad; i++) {
         if (v.type == NETCHAN_MAP) {
             uint64_t length = netchan__read_varint(&body);
             const uint8_t *key = netchan__read_bytes(&body, length);
             if (!key || memchr(key, 0, (size_t)length)) body.bad = true;
-            else *block += netchan__align((size_t)length + 1);
+            else m->block += netchan__align((size_t)length + 1);
         }
-        netchan__scan_value(&body, depth + 1, block);
+        netchan__scan_value(&body, depth + 1, m);
     }
     if (body.bad || netchan__left(&body)) r->bad = true;
 }
 
-/* Builds the next value, which netchan__scan_value() found good, in the block at *at. */
-static netchan_value netchan__build_value(netchan__reader *r, uint8_t **at) {
+/* The end that has this name, or nil. */
+static netchan_value netchan__build_end(enum netchan_type type, const uint8_t *name, netchan__ends *ends) {
+    netchan *ch = ends ? ends->find(ends, name) : NULL;
+    if (ends && !ch) ends->failed = true;
+    return netchan__make_end(type, ch);
+}
+
+/* Builds the next value, which netchan__scan_value() found good, in the block at *at. Without ends channels are nil. */
+static netchan_value netchan__build_value(netchan__reader *r, uint8_t **at, netchan__ends *ends) {
     netchan_value v;
     netchan__reader body;
     netchan__read_head(r, &v, &body);
+    if (netchan__is_chan(&v)) return netchan__build_end((enum netchan_type)v.type, body.p, ends);
     if (!netchan__is_block(&v)) return v;
     size_t count = v.as.block.count, size = count * netchan__item_size(v.type);
     if (!size) {
@@ -1467,39 +1585,42 @@ static netchan_value netchan__build_value(netchan__reader *r, uint8_t **at) {
             netchan_entry *e = (netchan_entry *)(uintptr_t)v.as.block.data + i;
             size_t length = (size_t)netchan__read_varint(&body);
             e->key = netchan__bump_text(at, netchan__read_bytes(&body, length), length);
-            e->value = netchan__build_value(&body, at);
-        } else ((netchan_value *)(uintptr_t)v.as.block.data)[i] = netchan__build_value(&body, at);
+            e->value = netchan__build_value(&body, at, ends);
+        } else ((netchan_value *)(uintptr_t)v.as.block.data)[i] = netchan__build_value(&body, at, ends);
     }
     return v;
 }
 
-/* netchan_decode(), which also tells how much memory the value occupies. */
-static int netchan__decode(netchan_value *v, const void *data, size_t size, size_t max_block, size_t *memory) {
+/* netchan_decode(), which also tells how much memory the value occupies, and finds channels, if ends is not NULL. */
+static int netchan__decode(netchan_value *v, const void *data, size_t size, size_t max_block, size_t *memory,
+                           netchan__ends *ends) {
     static const uint8_t nothing = 0;
     const uint8_t *begin = data ? (const uint8_t *)data : &nothing;
     netchan__reader r = {begin, begin + (data ? size : 0), false}, again = r;
     uint8_t *block = NULL;
-    size_t need = 0;
+    netchan__measure m = {0, 0, false};
     *v = netchan__nil_value;
-    netchan__scan_value(&r, 0, &need);
-    *memory = need;
+    netchan__scan_value(&r, 0, &m);
+    *memory = m.block;
     if (r.bad || netchan__left(&r))
         return netchan__fail(NETCHAN_EPROTO, "these %zu bytes are not one whole value", size);
-    if (max_block && need > max_block)
+    if (max_block && m.block > max_block)
         return netchan__fail(NETCHAN_ETOOBIG,
-                             "a value of %zu bytes would need %zu in memory, more than the limit of %zu", size, need,
+                             "a value of %zu bytes would need %zu in memory, more than the limit of %zu", size, m.block,
                              max_block);
-    if (need && !(block = (uint8_t *)NETCHAN_MALLOC(need))) return netchan__fail_memory("decoding a value");
+    if (m.block && !(block = (uint8_t *)NETCHAN_MALLOC(m.block))) return netchan__fail_memory("decoding a value");
     uint8_t *at = block;
-    *v = netchan__build_value(&again, &at);
-    NETCHAN_ASSERT(!block || at == block + need);
-    v->flags = block ? NETCHAN__OWNED : 0;
-    return NETCHAN_OK;
+    *v = netchan__build_value(&again, &at, ends);
+    NETCHAN_ASSERT(!block || at == block + m.block);
+    v->flags = (uint8_t)((block ? NETCHAN__OWNED : 0) | (ends && m.channels ? NETCHAN__HAS_CHANNELS : 0));
+    if (!ends || !ends->failed) return NETCHAN_OK;
+    netchan_clear(v);
+    return netchan__fail(NETCHAN_EPROTO, "these %zu bytes name a channel that cannot be had", size);
 }
 
 NETCHANDEF int netchan_decode(netchan_value *v, const void *data, size_t size, size_t max_block) {
     size_t memory;
-    return netchan__decode(v, data, size, max_block, &memory);
+    return netchan__decode(v, data, size, max_block, &memory, NULL);
 }
 
 NETCHANDEF const netchan_value *netchan_at(const netchan_value *v, size_t index) {
@@ -1668,6 +1789,7 @@ typedef struct netchan__waiter netchan__waiter;
 typedef struct netchan__match netchan__match;
 typedef struct netchan__lane netchan__lane;
 typedef struct netchan__peer netchan__peer;
+typedef struct netchan__export netchan__export;
 
 /* A frame fits into one TLS record. A value of more encoded bytes than a fragment is never in the frame that announces
  * it. */
@@ -1693,7 +1815,7 @@ struct netchan__waiter {
     netchan__queue *queue; /* NULL: in none */
     netchan *ch;
     netchan__lane *lane;   /* a sender at home: where its value goes */
-    netchan__op *op;       /* NULL: an operation of another process */
+    netchan__op *op;       /* NULL: an operation of another process, and this a netchan__remote */
     netchan__peer *peer;   /* op NULL: whose, NULL when lost; at an end: the home it is registered with, or NULL */
     uint64_t peer_number;
     netchan__match *match; /* at home: being negotiated */
@@ -1702,6 +1824,7 @@ struct netchan__waiter {
     uint64_t id;           /* registered: unique among the waiters of its process */
     uint64_t op_id;        /* unique among the operations of its process, in the order they began */
     uint64_t position;     /* at an end: where in the stream its value ended; 0: it was not sent */
+    uint64_t to;           /* the peer that it is for; 0: whoever comes */
     netchan_value value;   /* a sender's. At home owned; at an end borrowed from the blocked call */
     size_t size, memory;   /* its encoded bytes, and what it occupies at home */
     bool is_send, multi;   /* multi: the operation has several cases */
@@ -1711,7 +1834,7 @@ struct netchan__waiter {
     bool withdrawn;        /* goes when its match falls through */
     bool lost;             /* its process is gone */
     bool starved;          /* there was no memory for it while its operation was engaged */
-    bool held;             /* the call holds the channel */
+    bool held;             /* the call, or the remote operation, holds the channel */
     /* A claim on this waiter by a match at its home. */
     netchan__waiter *next_claim; /* in the queue of its operation */
     uint64_t claim;              /* the match; 0: none */
@@ -1720,6 +1843,29 @@ struct netchan__waiter {
     netchan__buf incoming; /* fragments of a value that is being received */
     size_t announced;      /* how many bytes they will be */
 };
+
+enum netchan__relay_step {
+    NETCHAN__IDLE,    /* it waits */
+    NETCHAN__CLAIMED, /* a claim was passed on to its process */
+    NETCHAN__GRANTED, /* and the answer to the home */
+    NETCHAN__SHIPPED  /* a value was committed to its process */
+};
+
+/* The waiter of a remote operation: at the channel's home, or at an end of it, which relays it to the home. */
+typedef struct netchan__remote {
+    netchan__waiter waiter; /* first */
+    uint8_t process[16];    /* whose operation it is; several hops away it is not the peer */
+    bool relayed;           /* it comes from a process that relays it */
+    size_t most;            /* a receiver: the largest value that it takes */
+    /* At an end, see "Relays" in [7]. waiter.claim is the match of the home. */
+    netchan__peer *up;      /* the home, or the next on the way; NULL: it is not registered there */
+    uint64_t up_id;         /* as what */
+    uint64_t down;          /* the match that waiter.peer knows; 0: none */
+    enum netchan__relay_step step;
+    bool carried;           /* the claim carried the value on */
+    size_t size;            /* of that value */
+    uint64_t waited;        /* as in a match */
+} netchan__remote;
 
 struct netchan__op {
     int state; /* atomic */
@@ -1750,6 +1896,7 @@ typedef struct netchan__slot {
     size_t size;   /* its encoded bytes */
     size_t memory; /* what it occupies here */
     uint64_t order; /* grows with each value that enters the lane */
+    uint64_t from;  /* the peer that sent it */
     bool redelivered;
 } netchan__slot;
 
@@ -1771,6 +1918,8 @@ struct netchan__lane {
     bool closing;    /* no more values will enter */
     size_t matching; /* matches of this lane */
     netchan__peer *peer; /* the process that sends into this lane, if it is one of several */
+    netchan__peer *only; /* direct: the process whose receivers alone are served from this lane; NULL when it is gone */
+    bool is_direct;
     uint64_t peer_number;
     void *hub;        /* for netchan__net.on_drained */
     bool closed_by_peer, orphaned; /* its peer said that no more will come; is gone */
@@ -1787,14 +1936,26 @@ struct netchan {
     bool closing; /* close was called */
     bool closed;  /* and all values are gone */
     bool is_end, is_merge, is_dirty;
-    bool plain; /* what is sent may leave this process: no channels in values */
+    bool plain; /* what is sent leaves this process: a channel of a link */
     netchan__queue receivers;
     netchan__lane lane; /* the only one, unless is_merge; at an end: its senders, and cap */
     netchan__lane *lanes;
     netchan__lane *ready, *last_ready; /* lanes from which a receiver could take something, in turn */
     netchan__match *matches;
     netchan *next_dirty;
+    netchan *next_dead;    /* under netchan__dead_lock, as is_dead */
+    bool is_dead;
+    bool gone;             /* its other side is lost for good */
+    netchan__export *exports;            /* ends of it that other processes hold */
+    size_t sender_ends, receiver_ends;   /* how many of them; a name under which it can be imported counts as one */
+    bool senders_lost, receivers_lost;   /* some were lost with their session, and none was given away since */
+    void (*on_taken)(netchan *ch, const netchan_value *v); /* a value leaves for a receiver */
+    void *hub;                           /* for on_taken */
     /* An end. */
+    bool credited;         /* it lives as long as its link, and what is sent into the buffer costs credit */
+    bool far;              /* its home is not the next process: that one relays */
+    uint64_t named;        /* how often it came in a value */
+    netchan__queue relayed; /* waiters of other processes */
     netchan__peer *home;   /* NULL while there is no session */
     uint64_t channel;      /* its number there */
     size_t credit;         /* values that may be sent at once */
@@ -1824,6 +1985,7 @@ struct netchan__match {
     netchan_value value;    /* from the buffer, or granted by a remote sender */
     size_t size, memory;    /* its encoded bytes, and what it occupies here */
     uint64_t order;         /* its place in the buffer */
+    uint64_t from;          /* the peer that sent it */
     netchan__buf incoming;
     size_t announced;
     size_t shipping;        /* what it counts in its receiver's peer->shipping */
@@ -1847,7 +2009,10 @@ enum netchan__frame_type {
     NETCHAN__TAKEN,
     NETCHAN__DATA,
     NETCHAN__CLOSE,
-    NETCHAN__FRAGMENT_OF,
+    NETCHAN__FRAGMENT_UP,
+    NETCHAN__DROP,
+    NETCHAN__IMPORT,
+    NETCHAN__FORGET,
     NETCHAN__CLAIM = 0x20,
     NETCHAN__COMMIT,
     NETCHAN__RELEASE,
@@ -1855,10 +2020,15 @@ enum netchan__frame_type {
     NETCHAN__WITHDRAWN,
     NETCHAN__CREDIT,
     NETCHAN__CLOSED,
-    NETCHAN__RETURN
+    NETCHAN__RETURN,
+    NETCHAN__FRAGMENT_DOWN,
+    NETCHAN__CLOSING,
+    NETCHAN__GONE,
+    NETCHAN__IMPORTED
 };
 
-enum { NETCHAN__MULTI = 1, NETCHAN__TRY = 2, NETCHAN__FIRM = 4, NETCHAN__HERE = 8 }; /* OFFER and DEMAND */
+/* OFFER and DEMAND */
+enum { NETCHAN__MULTI = 1, NETCHAN__TRY = 2, NETCHAN__FIRM = 4, NETCHAN__HERE = 8, NETCHAN__RELAYED = 16 };
 enum { NETCHAN__FINAL = 1, NETCHAN__REDELIVERED = 2 };                             /* CLAIM and COMMIT */
 
 /* One message of the commit protocol, as the wire section at the top describes it. */
@@ -1870,6 +2040,7 @@ typedef struct netchan__frame {
     bool has_value;
     const uint8_t *bytes;   /* FRAGMENT */
     size_t count;
+    uint8_t process[16];    /* with RELAYED */
 } netchan__frame;
 
 /* Another process, as channels see it: something that takes frames. Net. */
@@ -1889,7 +2060,15 @@ struct netchan__peer {
     size_t reserved;      /* bytes announced by fragments and not over */
     netchan__lane *lane;  /* at home: channel 0 */
     netchan *work;        /* at home: channel 1 */
+    netchan__lane *direct; /* at home: values for this process and no other; NULL until there was one */
     netchan *send, *recv; /* at the dialling side: channels 0 and 1 */
+    netchan__map exports;  /* our channels, or ends, of which it holds ends, by their numbers */
+    netchan__map exported; /* the same by what they are ends of */
+    netchan__map imports;  /* ends that it has given us, by its numbers */
+    uint64_t last_export;
+    size_t max_ends, their_ends; /* how many imports there may be; exports */
+    size_t stored;        /* bytes of values that it sent and that are in buffers */
+    bool store_full;      /* something of it waits until there are fewer */
     bool no_redelivery;
     netchan__peer *next_peer, *prev_peer; /* in netchan__net.peers */
     bool leaving;         /* one side said farewell: nothing new begins with it */
@@ -1913,6 +2092,9 @@ static struct netchan__net_state {
     netchan__match *declined; /* matches that have just fallen through */
     netchan *dirty;        /* channels that may have something to pair */
     netchan__lane *changed; /* lanes of merges that may have something to pair */
+    netchan__lane *urgent;  /* lanes for one peer only, likewise */
+    netchan__map relays;    /* netchan__remote that wait at ends, by the match that their peer knows */
+    netchan__map by_number; /* peers */
     netchan__peer *peers;
     uint64_t last_peer;
     uint64_t checked;      /* when claims were looked at last */
@@ -1995,15 +2177,31 @@ static bool netchan__lane_room(netchan__lane *lane) {
     return true;
 }
 
+static void netchan__mark_exports(netchan__peer *p);
+
+/* Counts what a slot occupies, for the lane and for the peer that sent the value; a peer with a lane of its own is
+ * bounded by that. */
+static void netchan__occupy(netchan__lane *lane, const netchan__slot *slot, bool on) {
+    lane->memory += on ? slot->memory : 0 - slot->memory;
+    netchan__peer *p = NULL;
+    if (slot->from && !lane->peer_number) p = (netchan__peer *)netchan__map_get(&netchan__net.by_number, slot->from);
+    if (!p) return;
+    p->stored += on ? slot->memory : 0 - slot->memory;
+    if (on || !p->store_full) return;
+    p->store_full = false;
+    netchan__mark_exports(p);
+}
+
 /* There is room, see netchan__lane_room(). The value is moved. memory: the bytes it occupies. */
-static void netchan__lane_push(netchan__lane *lane, netchan_value *v, size_t size, size_t memory) {
+static void netchan__lane_push(netchan__lane *lane, netchan_value *v, size_t size, size_t memory, uint64_t from) {
     netchan__slot *slot = &lane->slots[(lane->first + lane->count++) & (lane->room - 1)];
     slot->value = *v;
     slot->size = size;
     slot->memory = memory + sizeof *slot;
     slot->order = ++lane->entered;
+    slot->from = from;
     slot->redelivered = false;
-    lane->memory += slot->memory;
+    netchan__occupy(lane, slot, true);
     *v = netchan__nil_value;
 }
 
@@ -2011,14 +2209,14 @@ static netchan__slot netchan__lane_pop(netchan__lane *lane) {
     netchan__slot slot = lane->slots[lane->first];
     lane->first = (lane->first + 1) & (lane->room - 1);
     lane->count--;
-    lane->memory -= slot.memory;
+    netchan__occupy(lane, &slot, false);
     return slot;
 }
 
 /* A value that was out comes back to where it was; others that were out before it may be back already. */
 static void netchan__lane_unpop(netchan__lane *lane, netchan__slot slot) {
     size_t mask = lane->room - 1, at = lane->first = (lane->first - 1) & mask;
-    lane->memory += slot.memory;
+    netchan__occupy(lane, &slot, true);
     for (size_t i = lane->count++; i && lane->slots[(at + 1) & mask].order < slot.order; i--) {
         lane->slots[at] = lane->slots[(at + 1) & mask];
         at = (at + 1) & mask;
@@ -2033,6 +2231,7 @@ static bool netchan__slot_free(const netchan__lane *lane) {
 /* Keeps the lane in the list of lanes that a receiver could take from; last in turn when it is added. */
 static void netchan__update_ready(netchan__lane *lane) {
     netchan *ch = lane->ch;
+    if (lane->is_direct) return;
     bool ready = lane->cap ? lane->count > 0 && !lane->pinned : lane->senders.head != NULL && !lane->closing;
     if (ready == lane->is_ready) return;
     lane->is_ready = ready;
@@ -2078,6 +2277,7 @@ static void netchan__finish(netchan__op *op, netchan__waiter *w, int result) {
         netchan__withdraw_others(op, w);
         if (w) netchan__dequeue(w);
         if (w && w->lane) netchan__update_ready(w->lane);
+        if (w) w->lane = NULL; /* it may go before the call has left */
         if (w) netchan__unregister(w);
     }
     op->next_to_wake = netchan__to_wake;
@@ -2108,6 +2308,7 @@ static void netchan__finish_receive(netchan__waiter *r, netchan_value *v, uint64
     r->op->peer = peer;
     r->op->redelivered = redelivered;
     *v = netchan__nil_value;
+    if (r->ch->on_taken) r->ch->on_taken(r->ch, &r->op->value);
     netchan__finish(r->op, r, NETCHAN_OK);
 }
 
@@ -2118,6 +2319,7 @@ static void netchan__forget(netchan__waiter *w) {
     if (w->peer) netchan__map_remove(&w->peer->waiters, w->id);
     if (w->peer && w->here) w->peer->offered -= w->size;
     netchan_clear(&w->value);
+    if (w->held) netchan_free(w->ch);
     NETCHAN_FREE(w);
 }
 
@@ -2144,6 +2346,233 @@ static void netchan__emit_entry(netchan__waiter *w, unsigned type, uint64_t matc
     netchan__emit_ids(w->peer, type, 0, w->id, match, number, 0);
 }
 
+/* ---- Ends: channels that other processes use. ----
+ *
+ * Whoever puts a channel into a value for another process exports it to that peer: one direction of it, under a number.
+ * The other side imports an end, or has it already. Invariants:
+ *   E1  An export holds its channel as long as the peer may have an end, or a value with one on its way: it counts how
+ *       often it was named, and the DROP of an end says how often that was named.
+ *   E2  An end is found by its number until it is buried, so a peer has one of each at most. */
+
+struct netchan__export {
+    netchan__export *prev, *next; /* of ch */
+    netchan__peer *peer;
+    netchan *ch;                  /* counted */
+    uint64_t id, key;             /* in peer->exports and exported */
+    uint64_t named;               /* how often, less what was dropped */
+    bool receives;                /* its ends may receive; else send */
+    bool by_name;                 /* it was imported by name: whoever imports next is as good */
+    bool revoked;                 /* that name is gone */
+};
+
+/* The first byte of an end's name; NETCHAN__END_RECEIVER is 1. Then its number and its capacity, 8 bytes each. */
+enum { NETCHAN__YOURS = 2, NETCHAN__FAR = 4, NETCHAN__IS_CLOSING = 8, NETCHAN__IS_CLOSED = 16, NETCHAN__IS_GONE = 32 };
+enum { NETCHAN__FIRST_EXPORT = 2 }; /* 0 and 1 are the channels of the link */
+
+/* Puts a channel under netchan__net_lock, with all channels of all operations that wait on it. Caller holds
+ * netchan__net_lock. */
+static void netchan__adopt(netchan *ch) {
+    if (netchan__is_net(ch)) return;
+    pthread_mutex_lock(&ch->own); /* who is inside leaves first */
+    __atomic_store_n(&ch->lock, &netchan__net_lock, __ATOMIC_RELEASE);
+    pthread_mutex_unlock(&ch->own);
+    netchan__queue *queues[2] = {&ch->lane.senders, &ch->receivers};
+    for (int q = 0; q < 2; q++) {
+        for (netchan__waiter *w = queues[q]->head; w; w = w->next) {
+            for (size_t i = 0; i < w->op->count; i++)
+                if (w->op->waiters[i].ch) netchan__adopt(w->op->waiters[i].ch);
+            w->op->net = true;
+        }
+    }
+}
+
+/* The export of this direction of ch, which is made if there is none. name: the name it is imported by, or NULL.
+ * Returns NULL when out of memory. */
+static netchan__export *netchan__export_to(netchan__peer *p, netchan *ch, bool receives, const void *name) {
+    uint64_t key = (uint64_t)(uintptr_t)(name ? name : ch) | receives; /* what malloc gives is even */
+    netchan__export *x = (netchan__export *)netchan__map_get(&p->exported, key);
+    if (x) return x;
+    x = (netchan__export *)netchan__alloc(sizeof *x);
+    uint64_t id = NETCHAN__FIRST_EXPORT + p->last_export++;
+    if (!x || !netchan__map_put(&p->exports, id, x) || !netchan__map_put(&p->exported, key, x)) {
+        netchan__map_remove(&p->exports, id);
+        NETCHAN_FREE(x);
+        return NULL;
+    }
+    netchan__adopt(ch);
+    x->peer = p;
+    x->ch = netchan_retain(ch);
+    x->id = id;
+    x->key = key;
+    x->receives = receives;
+    x->by_name = name != NULL;
+    NETCHAN__LINK(ch->exports, x, prev, next);
+    if (name) return x;
+    *(receives ? &ch->receiver_ends : &ch->sender_ends) += 1;
+    *(receives ? &ch->receivers_lost : &ch->senders_lost) = false;
+    return x;
+}
+
+/* The peer has no end of it any more. lost: it did not let go of it. */
+static void netchan__drop_export(netchan__export *x, bool lost) {
+    netchan *ch = x->ch;
+    netchan__map_remove(&x->peer->exports, x->id);
+    if (!x->revoked) netchan__map_remove(&x->peer->exported, x->key);
+    NETCHAN__UNLINK(ch->exports, x, prev, next);
+    if (!x->by_name) {
+        *(x->receives ? &ch->receiver_ends : &ch->sender_ends) -= 1;
+        if (lost) *(x->receives ? &ch->receivers_lost : &ch->senders_lost) = true;
+    }
+    netchan__mark_dirty(ch);
+    netchan_free(ch);
+    NETCHAN_FREE(x);
+}
+
+static void netchan__mark_exports(netchan__peer *p) {
+    for (size_t i = 0; i < p->exports.cap; i++)
+        if (p->exports.slots[i].key) netchan__mark_dirty(((netchan__export *)p->exports.slots[i].item)->ch);
+}
+
+/* Tells all processes that hold an end of the channel, senders or receivers. */
+static void netchan__tell_ends(const netchan *ch, bool senders, unsigned type) {
+    for (netchan__export *x = ch->exports; x; x = x->next)
+        if (x->receives != senders) netchan__emit_ids(x->peer, type, x->id, 0, 0, 0, 0);
+}
+
+static void netchan__write_end(uint8_t *out, unsigned kind, uint64_t id, uint64_t cap) {
+    out[0] = (uint8_t)kind;
+    netchan__store(out + 1, id, 8);
+    netchan__store(out + 9, cap, 8);
+}
+
+static unsigned netchan__flag(bool on, unsigned flag) { return on ? flag : 0; }
+
+/* Names an export once more. */
+static void netchan__name_export(netchan__export *x, uint8_t *out) {
+    const netchan *ch = x->ch;
+    x->named++;
+    netchan__write_end(out,
+                       netchan__flag(x->receives, NETCHAN__END_RECEIVER) | netchan__flag(ch->is_end, NETCHAN__FAR) |
+                           netchan__flag(ch->closing, NETCHAN__IS_CLOSING) |
+                           netchan__flag(ch->closed, NETCHAN__IS_CLOSED) | netchan__flag(ch->gone, NETCHAN__IS_GONE),
+                       x->id, ch->lane.cap);
+}
+
+/* How one peer names ends. */
+typedef struct netchan__names {
+    netchan__ends ends; /* first */
+    netchan__peer *peer;
+} netchan__names;
+
+/* Did this peer give us this end? */
+static bool netchan__is_theirs(const netchan__peer *p, const netchan *ch) {
+    return ch->is_end && ch->home == p && ch->channel >= NETCHAN__FIRST_EXPORT;
+}
+
+/* netchan__ends.name; netchan__export_all() came before. */
+static void netchan__name_end(netchan__ends *e, const netchan_value *v, uint8_t *out) {
+    netchan__peer *p = ((netchan__names *)(void *)e)->peer;
+    bool receives = v->type == NETCHAN_RECEIVER;
+    if (netchan__is_theirs(p, v->as.chan))
+        netchan__write_end(out, NETCHAN__YOURS | receives, v->as.chan->channel, 0);
+    else netchan__name_export(netchan__export_to(p, v->as.chan, receives, NULL), out);
+}
+
+static netchan *netchan__make_import(netchan__peer *p, unsigned kind, uint64_t id, uint64_t cap) {
+    bool known = id >= NETCHAN__FIRST_EXPORT && p->imports.count < p->max_ends && cap <= SIZE_MAX / 4;
+    netchan *ch = known ? netchan_make((size_t)cap) : NULL;
+    if (!known || !ch || !netchan__map_put(&p->imports, id, ch)) {
+        netchan__breach(p, known ? "out of memory for a channel it sent" : "it sent more channel ends than max_ends");
+        NETCHAN_FREE(ch);
+        return NULL;
+    }
+    ch->lock = &netchan__net_lock;
+    ch->is_end = true;
+    ch->may_receive = kind & NETCHAN__END_RECEIVER;
+    ch->may_send = !ch->may_receive;
+    ch->home = p;
+    ch->channel = id;
+    ch->far = kind & NETCHAN__FAR;
+    ch->closing = ch->lane.closing = ch->close_sent = kind & NETCHAN__IS_CLOSING;
+    ch->closed = kind & NETCHAN__IS_CLOSED;
+    ch->gone = kind & NETCHAN__IS_GONE;
+    return ch;
+}
+
+static void netchan__retain_end(netchan *ch);
+
+/* netchan__ends.find */
+static netchan *netchan__find_end(netchan__ends *e, const uint8_t *name) {
+    netchan__peer *p = ((netchan__names *)(void *)e)->peer;
+    uint64_t id = netchan__load(name + 1, 8), cap = netchan__load(name + 9, 8);
+    bool receives = name[0] & NETCHAN__END_RECEIVER;
+    if (name[0] & NETCHAN__YOURS) {
+        netchan__export *x = (netchan__export *)netchan__map_get(&p->exports, id);
+        if (x && x->receives == receives) return netchan_retain(x->ch);
+        netchan__breach(p, "it sent a channel end that it does not have");
+        return NULL;
+    }
+    netchan *ch = (netchan *)netchan__map_get(&p->imports, id);
+    if (ch && ch->may_receive != receives) {
+        netchan__breach(p, "it turned a channel end round");
+        return NULL;
+    }
+    if (ch) netchan__retain_end(ch);
+    else ch = netchan__make_import(p, name[0], id, cap);
+    if (ch) ch->named++;
+    return ch;
+}
+
+static netchan__names netchan__names_of(netchan__peer *p) {
+    netchan__names n = {{netchan__name_end, netchan__find_end, false}, p};
+    return n;
+}
+
+static bool netchan__has_ends(const netchan_value *v) {
+    return (v->flags & (NETCHAN__HAS_CHANNELS | NETCHAN__CARRIES)) != 0;
+}
+
+/* Exports all channels in the value. Returns false when out of memory. */
+static bool netchan__export_all(netchan__peer *p, const netchan_value *v) {
+    netchan_entry e;
+    if (netchan__is_chan(v))
+        return netchan__is_theirs(p, v->as.chan) ||
+               netchan__export_to(p, v->as.chan, v->type == NETCHAN_RECEIVER, NULL);
+    for (size_t i = 0; netchan__has_children(v) && netchan__child(v, i, &e); i++)
+        if (!netchan__export_all(p, &e.value)) return false;
+    return true;
+}
+
+/* Writes a value for this peer so that it ends before `end`. Returns false when out of memory. */
+static bool netchan__write_for(netchan__peer *p, uint8_t *end, const netchan_value *v) {
+    netchan__names n = netchan__names_of(p);
+    if (netchan__has_ends(v) && !netchan__export_all(p, v)) return false;
+    netchan__write_value(end, v, &n.ends);
+    return true;
+}
+
+/* Decodes a value of this peer. Returns as netchan_decode(); a breach may have been found. */
+static int netchan__decode_from(netchan__peer *p, netchan_value *v, const void *data, size_t size, size_t max_block,
+                                size_t *memory) {
+    netchan__names n = netchan__names_of(p);
+    return netchan__decode(v, data, size, max_block, memory, &n.ends);
+}
+
+static size_t netchan__count_ends(const netchan_value *v) {
+    size_t count = netchan__is_chan(v);
+    netchan_entry e;
+    for (size_t i = 0; netchan__has_children(v) && netchan__child(v, i, &e); i++)
+        count += netchan__count_ends(&e.value);
+    return count;
+}
+
+/* Does the value hold more ends than the peer takes now? */
+static bool netchan__too_many_ends(const netchan__peer *p, const netchan_value *v) {
+    return netchan__has_ends(v) && netchan__count_ends(v) + p->exports.count > p->their_ends;
+}
+
+/* ---- Pairs. ---- */
+
 /* Tells a sender how its send ended, and forgets it if it is remote. taker: who has the value. */
 static void netchan__finish_sender(netchan__waiter *s, int result, uint64_t taker) {
     if (s->op) {
@@ -2158,9 +2587,8 @@ static void netchan__finish_sender(netchan__waiter *s, int result, uint64_t take
     netchan__forget(s);
 }
 
-static uint64_t netchan__sender_number(const netchan__lane *lane, const netchan__waiter *s) {
-    return s && !s->op ? s->peer_number : lane->peer_number;
-}
+/* The process that a waiting sender belongs to. */
+static uint64_t netchan__sender_number(const netchan__waiter *s) { return s->op ? 0 : s->peer_number; }
 
 /* Lends free slots to the peer of the lane; in batches, unless it has none left. What is lent and what came must fit
  * into half of max_memory, even if every value swells as much as one can. */
@@ -2195,9 +2623,9 @@ static void netchan__hand_back(netchan__lane *lane) {
     while (lane->count) {
         netchan__slot slot = netchan__lane_pop(lane);
         uint8_t *bytes = (uint8_t *)NETCHAN_MALLOC(slot.size);
-        if (bytes) netchan__write_value(bytes + slot.size, &slot.value);
-        else netchan__breach(p, "out of memory for a value that goes back to it");
-        for (size_t done = 0; bytes && done < slot.size;) {
+        bool written = bytes && netchan__write_for(p, bytes + slot.size, &slot.value);
+        if (!written) netchan__breach(p, "out of memory for a value that goes back to it");
+        for (size_t done = 0; written && done < slot.size;) {
             netchan__frame f = netchan__new_frame(NETCHAN__RETURN);
             f.size = slot.size;
             f.count = slot.size - done < NETCHAN__FRAGMENT ? slot.size - done : (size_t)NETCHAN__FRAGMENT;
@@ -2218,10 +2646,11 @@ static void netchan__lane_changed(netchan__lane *lane) {
     netchan__update_ready(lane);
     if (!netchan__is_net(lane->ch)) return;
     netchan__mark_dirty(lane->ch);
-    if (!lane->ch->is_merge || lane->is_changed) return;
+    if ((!lane->ch->is_merge && !lane->is_direct) || lane->is_changed) return;
+    netchan__lane **list = lane->is_direct ? &netchan__net.urgent : &netchan__net.changed;
     lane->is_changed = true;
-    lane->next_changed = netchan__net.changed;
-    netchan__net.changed = lane;
+    lane->next_changed = *list;
+    *list = lane;
 }
 
 /* Can this party be locked here and now? NULL stands for the buffer. */
@@ -2243,13 +2672,13 @@ static void netchan__pass(netchan__lane *lane, netchan__waiter *s, netchan__wait
         netchan__dequeue(r);
         return;
     }
-    uint64_t from = netchan__sender_number(lane, s);
-    netchan__slot slot = {netchan__nil_value, 0, 0, 0, false};
+    netchan__slot slot = {netchan__nil_value, 0, 0, 0, 0, false};
     if (s) {
         netchan__dequeue(s);
         slot.value = s->value;
         slot.size = s->size;
         slot.memory = s->memory;
+        slot.from = netchan__sender_number(s);
         s->value = netchan__nil_value;
     } else {
         slot = netchan__lane_pop(lane);
@@ -2257,14 +2686,14 @@ static void netchan__pass(netchan__lane *lane, netchan__waiter *s, netchan__wait
     }
     if (r) {
         netchan__dequeue(r);
-        netchan__finish_receive(r, &slot.value, from, slot.redelivered);
-    } else netchan__lane_push(lane, &slot.value, slot.size, slot.memory);
+        netchan__finish_receive(r, &slot.value, slot.from, slot.redelivered);
+    } else netchan__lane_push(lane, &slot.value, slot.size, slot.memory, slot.from);
     if (s) netchan__finish_sender(s, NETCHAN_OK, 0);
     netchan__lane_changed(lane);
 }
 
 static const uint8_t *netchan__process_of(const netchan__waiter *w) {
-    return w->op ? netchan__net.process : w->peer->process;
+    return w->op ? netchan__net.process : ((const netchan__remote *)(const void *)w)->process;
 }
 
 /* Also when one of them came back to its own process over a link. */
@@ -2300,13 +2729,21 @@ static bool netchan__can_ask(const netchan__waiter *s) {
     return held == 0 || held + s->size <= s->peer->max_memory / 2;
 }
 
+/* May this sender's value enter the buffer? What a peer has in buffers is bounded. */
+static bool netchan__may_store(netchan__waiter *s) {
+    netchan__peer *p = s->op || s->lane->peer_number ? NULL : s->peer;
+    if (!p || !p->stored || p->stored + s->size * NETCHAN__SWELL <= p->max_memory / 2) return true;
+    p->store_full = true;
+    return false;
+}
+
 /* Moves waiting senders into free slots. Each step may take any waiter out of the queue, so each begins anew. Returns
  * whether it did. */
 static bool netchan__fill(netchan__lane *lane) {
     bool moved = false;
     for (; netchan__slot_free(lane) && !lane->closing; moved = true) {
         netchan__waiter *s = lane->senders.head;
-        while (s && !netchan__can_ask(s)) s = s->next;
+        while (s && !(netchan__can_ask(s) && netchan__may_store(s))) s = s->next;
         if (!s) break;
         if (netchan__is_stale(s)) netchan__dequeue(s);
         else if (netchan__lane_room(lane)) netchan__bring_together(lane, s, NULL);
@@ -2321,23 +2758,50 @@ static bool netchan__fill(netchan__lane *lane) {
     return moved;
 }
 
-/* Does this receiver's process not take a value of this size, or not now? */
-static bool netchan__is_too_big(const netchan__waiter *r, size_t size) {
+/* Does this receiver's process not take this value, of this size, or not now? */
+static bool netchan__is_too_big(const netchan__waiter *r, const netchan_value *v, size_t size) {
     if (r->op) return false;
     const netchan__peer *p = r->peer;
-    return size > p->their_message ||
+    if (netchan__too_many_ends(p, v)) return true;
+    return size > p->their_message || size > ((const netchan__remote *)(const void *)r)->most ||
            (size > NETCHAN__FRAGMENT && p->shipping && p->shipping + size > p->their_memory / 2);
 }
 
-/* Is it too big for every process that could receive it? While there is none, nobody knows. */
-static bool netchan__fits_nobody(const netchan *ch, size_t size) {
+/* Is what this sender has too big for every process that could receive it? While there is none, nobody knows. */
+static bool netchan__fits_nobody(const netchan *ch, const netchan__waiter *s) {
     bool nobody = false;
     for (const netchan__peer *p = ch->plain ? netchan__net.peers : NULL; p; p = p->next_peer) {
         if (p->work != ch) continue;
-        if (size <= p->their_message) return false;
+        if (s->size <= p->their_message &&
+            (!netchan__has_ends(&s->value) || netchan__count_ends(&s->value) <= p->their_ends))
+            return false;
         nobody = true;
     }
     return nobody;
+}
+
+/* Brings a receiver that waits together with what the lane has. Returns whether something happened. */
+static bool netchan__serve_one(netchan__lane *lane, netchan__waiter *r) {
+    netchan *ch = lane->ch;
+    if (netchan__is_stale(r)) netchan__dequeue(r);
+    if (!r->queue || (!r->op && r->peer->down)) return false; /* others may wait, or come */
+    netchan__waiter *s = lane->cap ? NULL : lane->senders.head;
+    for (; s; s = s->next) {
+        if (netchan__is_stale(s) || netchan__same_op(s, r) || !netchan__can_ask(s)) continue;
+        if (!netchan__is_too_big(r, &s->value, s->size)) break;
+        if (!netchan__fits_nobody(ch, s) ||
+            (s->op && !netchan__change_state(s->op, NETCHAN__OPEN, NETCHAN__ENGAGED)))
+            continue;
+        netchan__dequeue(s);
+        netchan__finish_sender(s, NETCHAN_ETOOBIG, 0);
+        netchan__update_ready(lane);
+        return true;
+    }
+    const netchan__slot *slot = lane->cap ? &lane->slots[lane->first] : NULL;
+    if (slot ? netchan__is_too_big(r, &slot->value, slot->size) : !s) return false;
+    netchan__next_turn(lane);
+    netchan__bring_together(lane, s, r);
+    return true;
 }
 
 /* Brings one receiver together with what a lane has. Returns false when there is no such pair. */
@@ -2348,31 +2812,34 @@ static bool netchan__serve(netchan *ch) {
         netchan__waiter *next;
         for (netchan__waiter *r = ch->receivers.head; r; r = next) {
             next = r->next;
-            if (netchan__is_stale(r)) netchan__dequeue(r);
-            if (!r->queue || (!r->op && r->peer->down)) continue; /* others may wait, or come */
-            netchan__waiter *s = lane->cap ? NULL : lane->senders.head;
-            for (; s; s = s->next) {
-                if (netchan__is_stale(s) || netchan__same_op(s, r) || !netchan__can_ask(s)) continue;
-                if (!netchan__is_too_big(r, s->size)) break;
-                if (!netchan__fits_nobody(ch, s->size) ||
-                    (s->op && !netchan__change_state(s->op, NETCHAN__OPEN, NETCHAN__ENGAGED)))
-                    continue;
-                netchan__dequeue(s);
-                netchan__finish_sender(s, NETCHAN_ETOOBIG, 0);
-                netchan__update_ready(lane);
-                return true;
-            }
-            if (lane->cap ? netchan__is_too_big(r, lane->slots[lane->first].size) : !s) continue;
-            netchan__next_turn(lane);
-            netchan__bring_together(lane, s, r);
-            return true;
+            if (netchan__serve_one(lane, r)) return true;
         }
     }
     return false;
 }
 
+/* A receive of this peer that waits on the channel, or NULL. */
+static netchan__waiter *netchan__receiver_of(const netchan__peer *p, const netchan *ch) {
+    for (size_t i = 0; i < p->waiters.cap; i++) {
+        netchan__waiter *w = p->waiters.slots[i].key ? (netchan__waiter *)p->waiters.slots[i].item : NULL;
+        if (w && w->queue == &ch->receivers) return w;
+    }
+    return NULL;
+}
+
+/* Gives its values to the one process that a lane is for. */
+static void netchan__serve_only(netchan__lane *lane) {
+    netchan__waiter *r;
+    do {
+        netchan__fill(lane);
+        bool ready = lane->cap ? lane->count && !lane->pinned : lane->senders.head != NULL;
+        r = ready ? netchan__receiver_of(lane->only, lane->ch) : NULL;
+    } while (r && netchan__serve_one(lane, r));
+}
+
 /* A closing lane or channel that has nothing left: receivers learn it. */
 static void netchan__finish_close(netchan *ch);
+static void netchan__finish_lost(netchan *ch);
 
 /* Pairs all that can be paired (I2). Caller holds the channel's lock, and outside net the locks of all channels of its
  * operation. */
@@ -2382,6 +2849,7 @@ static void netchan__pair(netchan *ch) {
         while (netchan__serve(ch)) continue;
     } while (!ch->is_merge && netchan__fill(&ch->lane));
     if (ch->closing && !ch->closed) netchan__finish_close(ch);
+    else netchan__finish_lost(ch);
 }
 
 /* The first waiter whose operation could be ended here: now that of nobody else. */
@@ -2392,25 +2860,49 @@ static netchan__waiter *netchan__seize(netchan__queue *q) {
     return w;
 }
 
+/* No value is in the channel, and none is on its way into it or out of it. */
+static bool netchan__is_empty(const netchan *ch) {
+    const netchan__lane *lane = ch->lanes;
+    while (lane && !lane->count && !lane->out && !lane->reserved) lane = lane->next;
+    return !lane && !ch->matches;
+}
+
+/* Ends the receives that wait and are not engaged. */
+static void netchan__end_receivers(netchan *ch, int result) {
+    for (netchan__waiter *r; (r = netchan__seize(&ch->receivers));) {
+        if (r->op) netchan__finish(r->op, r, result);
+        else {
+            if (result != NETCHAN_ECLOSED) netchan__emit_entry(r, NETCHAN__ACCEPT, 0, (uint64_t)-result);
+            netchan__forget(r); /* its process learns from CLOSED what is closed */
+        }
+    } /* who is engaged looks at its cases when it is released */
+}
+
 static void netchan__finish_close(netchan *ch) {
-    netchan__lane *lane = &ch->lane;
-    if (lane->count || lane->out || lane->reserved || ch->matches) return;
+    if (!netchan__is_empty(ch)) return;
     ch->closed = true;
     for (netchan__peer *p = netchan__is_net(ch) ? netchan__net.peers : NULL; p; p = p->next_peer)
         if (p->work == ch) netchan__emit_ids(p, NETCHAN__CLOSED, 1, 0, 0, 0, 0);
-    for (netchan__waiter *r; (r = netchan__seize(&ch->receivers));) {
-        if (r->op) netchan__finish(r->op, r, NETCHAN_ECLOSED);
-        else netchan__forget(r); /* its process learns it from CLOSED */
-    } /* who is engaged looks at its closed cases when it is released */
+    netchan__tell_ends(ch, false, NETCHAN__CLOSED);
+    netchan__end_receivers(ch, NETCHAN_ECLOSED);
 }
 
-/* Senders that wait and are not being matched learn that the lane is closing. */
-static void netchan__turn_away(netchan__lane *lane) {
+/* Senders that wait and are not being matched end. */
+static void netchan__end_senders(netchan__lane *lane, int result) {
     for (netchan__waiter *s; (s = netchan__seize(&lane->senders));) {
-        if (s->op || s->here) netchan__finish_sender(s, NETCHAN_ECLOSED, 0);
-        else netchan__forget(s); /* its own process closed the channel and knows */
+        if (s->op || s->here || result != NETCHAN_ECLOSED) netchan__finish_sender(s, result, 0);
+        else netchan__forget(s); /* its own process closed the channel, or learns from CLOSING that it is */
     }
     netchan__update_ready(lane);
+}
+
+/* All processes that could send into the channel, or receive from it, were lost: who waits for them learns it. */
+static void netchan__finish_lost(netchan *ch) {
+    if (!(ch->senders_lost && !ch->sender_ends) && !(ch->receivers_lost && !ch->receiver_ends)) return;
+    if (ch->senders_lost && !ch->sender_ends && netchan__is_empty(ch) && !(ch->lanes && ch->lane.senders.head))
+        netchan__end_receivers(ch, NETCHAN_ELOST);
+    if (ch->receivers_lost && !ch->receiver_ends && !ch->matches && !ch->receivers.head)
+        netchan__end_senders(&ch->lane, NETCHAN_ELOST);
 }
 
 static void netchan__lane_init(netchan__lane *lane, netchan *ch, size_t cap) {
@@ -2452,9 +2944,7 @@ static void netchan__lane_clear(netchan__lane *lane) {
  * make, do not begin.
  * ================================================================================================================== */
 
-enum netchan__lock_answer { NETCHAN__LOCKED, NETCHAN__ASKED, NETCHAN__GONE };
-
-static unsigned netchan__flag(bool on, unsigned flag) { return on ? flag : 0; }
+enum netchan__lock_answer { NETCHAN__LOCKED, NETCHAN__ASKED, NETCHAN__OVER };
 
 static void netchan__progress(netchan__match *m);
 
@@ -2533,6 +3023,7 @@ static void netchan__begin_match(netchan__lane *lane, netchan__waiter *s, netcha
         s->match = m;
         m->size = s->size;
         m->memory = s->memory;
+        m->from = netchan__sender_number(s);
     } else {
         netchan__slot slot = netchan__lane_pop(lane);
         m->from_buffer = true;
@@ -2540,6 +3031,7 @@ static void netchan__begin_match(netchan__lane *lane, netchan__waiter *s, netcha
         m->size = slot.size;
         m->memory = slot.memory;
         m->order = slot.order;
+        m->from = slot.from;
         m->redelivered = slot.redelivered;
         lane->out++;
         m->pinned = !r->firm;
@@ -2598,7 +3090,7 @@ static void netchan__claim_remote(netchan__match *m, netchan__waiter *w, bool fi
     f.match = m->id;
     f.flags = netchan__flag(final, NETCHAN__FINAL) | netchan__flag(m->redelivered, NETCHAN__REDELIVERED);
     m->carried = final && !w->is_send && m->size <= NETCHAN__FRAGMENT;
-    if (final && !w->is_send) f.size = m->size;
+    if (!w->is_send) f.size = m->size;
     if (m->carried) {
         f.has_value = true;
         f.value = *netchan__match_value(m);
@@ -2618,16 +3110,16 @@ static void netchan__claim_remote(netchan__match *m, netchan__waiter *w, bool fi
 static enum netchan__lock_answer netchan__lock_party(netchan__match *m, int step) {
     netchan__waiter *w = netchan__party(m, step);
     bool is_receiver = m->receiver_first == (step == 0);
-    if (is_receiver ? m->receiver_gone : m->sender_gone) return NETCHAN__GONE;
+    if (is_receiver ? m->receiver_gone : m->sender_gone) return NETCHAN__OVER;
     if (!w) return NETCHAN__LOCKED;
     if (w->op) return netchan__lock_local(m, w);
-    if (w->lost) return NETCHAN__GONE;
+    if (w->lost) return NETCHAN__OVER;
     if (w->is_send && w->here) return NETCHAN__LOCKED;
     netchan__claim_remote(m, w, step == 1);
     return NETCHAN__ASKED;
 }
 
-static void netchan__end_waiters(netchan__queue *q);
+static void netchan__end_waiters(netchan__queue *q, int result);
 
 /* Puts a waiter that was in a match back where it waited, unless it has a reason to go. */
 static void netchan__wait_again(netchan__waiter *w) {
@@ -2640,8 +3132,11 @@ static void netchan__wait_again(netchan__waiter *w) {
     } else {
         netchan__enqueue(netchan__queue_of(w), w, true);
         if (w->lane) netchan__update_ready(w->lane);
-        if (w->is_send && w->lane->closing) netchan__turn_away(w->lane);
-        else if (!w->is_send && w->ch->closed) netchan__end_waiters(&w->ch->receivers); /* its link was hung up */
+        else if (w->peer && !w->op && w->peer->direct) netchan__lane_changed(w->peer->direct);
+        if (w->is_send && w->lane->closing)
+            netchan__end_senders(w->lane, w->lane->is_direct ? NETCHAN_ELOST : NETCHAN_ECLOSED);
+        else if (!w->is_send && w->ch->closed) /* its link was hung up */
+            netchan__end_waiters(&w->ch->receivers, NETCHAN_ECLOSED);
     }
 }
 
@@ -2681,7 +3176,7 @@ static void netchan__settle_buffer(netchan__match *m, bool value_back, bool rede
         lane->left++;
         return;
     }
-    netchan__slot slot = {m->value, m->size, m->memory, m->order, m->redelivered || redelivered};
+    netchan__slot slot = {m->value, m->size, m->memory, m->order, m->from, m->redelivered || redelivered};
     m->value = netchan__nil_value;
     netchan__lane_unpop(lane, slot);
 }
@@ -2704,6 +3199,7 @@ static void netchan__end_match(netchan__match *m, int result, uint64_t taker) {
     if (r && !r->op && result == NETCHAN_OK) {
         r->peer->taken++;
         r->peer->stats->values_sent++;
+        if (r->ch->on_taken) r->ch->on_taken(r->ch, netchan__match_value(m));
     }
     if (r && !r->op) netchan__forget(r);
     if (s) netchan__finish_sender(s, result, taker);
@@ -2729,12 +3225,12 @@ static void netchan__commit(netchan__match *m) {
     netchan__waiter *r = m->receiver;
     netchan_value *v = netchan__match_value(m);
     if (!r) {
-        netchan__lane_push(m->lane, v, m->size, m->memory);
+        netchan__lane_push(m->lane, v, m->size, m->memory, m->from);
         netchan__end_match(m, NETCHAN_OK, 0);
     } else if (r->op) {
         r->match = NULL;
         m->receiver = NULL;
-        netchan__finish_receive(r, v, netchan__sender_number(m->lane, m->sender), m->redelivered);
+        netchan__finish_receive(r, v, m->from, m->redelivered);
         netchan__end_match(m, NETCHAN_OK, 0);
     } else if (m->carried) netchan__end_match(m, NETCHAN_OK, r->peer->number);
     else if (r->lost) {
@@ -2748,7 +3244,7 @@ static void netchan__progress(netchan__match *m) {
     for (; m->step < 2; m->step++) {
         enum netchan__lock_answer answer = netchan__lock_party(m, m->step);
         if (answer == NETCHAN__ASKED) return;
-        if (answer == NETCHAN__GONE) {
+        if (answer == NETCHAN__OVER) {
             netchan__fall_through(m, m->step == 1);
             return;
         }
@@ -2780,6 +3276,7 @@ static void netchan__withdraw_others(netchan__op *op, const netchan__waiter *w) 
         netchan__dequeue(other);
         if (other->is_send && other->ch->is_end) netchan__mark_dirty(other->ch); /* for who waited behind it */
         if (other->lane) netchan__update_ready(other->lane);
+        other->lane = NULL;
         netchan__match *m = other->match;
         if (m) { /* it waits for this lock, or will be asked for it */
             bool asked = netchan__party(m, m->step) == other;
@@ -2827,7 +3324,7 @@ static void netchan__grant(netchan__waiter *w) {
 
 static netchan__waiter *netchan__waiter_of(netchan__peer *p, uint64_t id) {
     netchan__waiter *w = (netchan__waiter *)netchan__map_get(&netchan__net.waiters, id);
-    return w && w->peer == p ? w : NULL;
+    return w && w->op && w->peer == p ? w : NULL;
 }
 
 /* A large value is announced: its memory is reserved before the first fragment. */
@@ -2898,12 +3395,13 @@ static bool netchan__gather(netchan__peer *p, netchan__buf *incoming, size_t ann
         netchan__breach(p, "it sent more fragments than it had announced");
         return false;
     }
-    if (!netchan__buf_append(incoming, f->bytes, f->count)) {
+    bool room = incoming->data || netchan__buf_reserve(incoming, announced); /* once: it is large */
+    if (!room || !netchan__buf_append(incoming, f->bytes, f->count)) {
         netchan__breach(p, "out of memory for a value it sent");
         return false;
     }
     if (netchan__buf_size(incoming) < announced) return false;
-    int result = netchan__decode(v, incoming->data + incoming->start, announced, p->max_memory, memory);
+    int result = netchan__decode_from(p, v, incoming->data + incoming->start, announced, p->max_memory, memory);
     netchan__buf_free(incoming);
     if (result == NETCHAN_OK) return true;
     netchan__breach(p, "it sent a value that cannot be decoded, or not within max_memory");
@@ -2911,7 +3409,7 @@ static bool netchan__gather(netchan__peer *p, netchan__buf *incoming, size_t ann
 }
 
 static void netchan__on_fragment_for_receiver(netchan__peer *p, netchan__frame *f) {
-    netchan__waiter *w = netchan__waiter_of(p, f->match);
+    netchan__waiter *w = netchan__waiter_of(p, f->entry);
     if (!w || w->op->engaged != w || netchan__state(w->op) != NETCHAN__COMMITTED || w->is_send) {
         netchan__breach(p, "it sent a fragment of nothing");
         return;
@@ -2942,21 +3440,28 @@ static void netchan__entered(netchan *ch, const netchan__waiter *w) {
     if (w->memory > ch->largest_memory) ch->largest_memory = w->memory;
 }
 
+/* The send is over; or, with a result that is not OK, any operation. */
 static void netchan__on_accept(netchan__peer *p, netchan__frame *f) {
     netchan__waiter *w = netchan__waiter_of(p, f->entry);
     if (!w) return; /* it was given up here */
     int state = netchan__state(w->op);
-    bool expected = w->is_send && (state == NETCHAN__OPEN ? w->here : w->op->engaged == w);
+    bool engaged = w->op->engaged == w && state != NETCHAN__OPEN, refused = f->number != 0;
+    bool expected = refused ? engaged || !w->claim : w->is_send && (state == NETCHAN__OPEN ? w->here : engaged);
     if (!expected || f->number > 15) {
         netchan__breach(p, "it accepted what was not offered");
+        return;
+    }
+    if (!engaged && state != NETCHAN__OPEN) { /* it is engaged elsewhere, see P5 */
+        netchan__unregister(w);
+        w->lost = true;
         return;
     }
     netchan__dequeue(w);
     netchan__set_state(w->op, NETCHAN__COMMITTED);
     w->op->peer = p->number;
-    if (f->number == 0) {
+    if (!refused) {
         p->stats->values_sent++;
-        if (w->ch->lane.cap) netchan__entered(w->ch, w);
+        if (w->ch->credited && w->ch->lane.cap) netchan__entered(w->ch, w);
         else p->taken++;
     }
     netchan *ch = w->ch;
@@ -2982,6 +3487,8 @@ static void netchan__on_withdrawn(netchan__peer *p, netchan__frame *f) {
 /* ---- Ends: where this process waits for what has its home elsewhere. ---- */
 
 static void netchan__register(netchan__waiter *w);
+static void netchan__relay_all(netchan *ch);
+static void netchan__relay_ended(netchan *ch);
 
 /* The first sender that waits for credit. None passes a value that came back and is being negotiated: it was sent
  * before. */
@@ -2997,7 +3504,7 @@ static void netchan__pair_end(netchan *ch) {
     netchan__peer *p = ch->home;
     if (!p || p->leaving) return;
     for (netchan__waiter *s; ch->credit && (s = netchan__next_sender(ch));) {
-        if (s->size > NETCHAN__FRAGMENT || s->size > p->their_message) {
+        if (s->size > NETCHAN__FRAGMENT || s->size > p->their_message || netchan__too_many_ends(p, &s->value)) {
             netchan__register(s);
             if (s->queue && !s->id) break; /* not now */
             continue;
@@ -3016,6 +3523,7 @@ static void netchan__pair_end(netchan *ch) {
         s->op->peer = p->number;
         netchan__finish(s->op, s, NETCHAN_OK);
     }
+    netchan__relay_all(ch);
     if (!ch->may_send || !ch->closing || ch->close_sent || ch->detached) return;
     netchan__emit_ids(p, NETCHAN__CLOSE, ch->channel, 0, 0, 0, 0);
     ch->close_sent = true;
@@ -3031,13 +3539,14 @@ static void netchan__register(netchan__waiter *w) {
     if (!p || p->down || p->leaving || w->id) return;
     if (w->is_send ? w->ch->closing && !detached : w->ch->closed) return; /* see P5 */
     bool large = w->size > NETCHAN__FRAGMENT;
-    if (w->is_send && w->size > p->their_message) {
+    if (w->is_send && (w->size > p->their_message || netchan__too_many_ends(p, &w->value))) {
         if (!netchan__change_state(w->op, NETCHAN__OPEN, NETCHAN__ENGAGED)) return;
         netchan__dequeue(w);
         netchan__finish(w->op, w, NETCHAN_ETOOBIG);
         return;
     }
-    if (w->is_send && w->ch->lane.cap && (!large || !w->ch->credit)) return;
+    bool costs = w->is_send && w->ch->credited && w->ch->lane.cap;
+    if (costs && (!large || !w->ch->credit)) return;
     if (w->is_send && w->ch->detached && (!detached || netchan__next_sender(w->ch) != w)) return; /* those first */
     uint64_t id = ++netchan__net.last_id;
     if (!netchan__map_put(&netchan__net.waiters, id, w)) {
@@ -3046,13 +3555,13 @@ static void netchan__register(netchan__waiter *w) {
     }
     w->id = id;
     w->peer = p;
-    if (w->is_send && w->ch->lane.cap) w->ch->credit--;
+    if (costs) w->ch->credit--;
     netchan__frame f = netchan__new_frame(w->is_send ? NETCHAN__OFFER : NETCHAN__DEMAND);
     f.channel = w->ch->channel;
     f.entry = id;
     f.op = w->op_id;
     f.size = w->size;
-    if (w->is_send && !w->multi && (w->firm || w->is_try) && !large &&
+    if (w->is_send && !w->multi && (w->firm || w->is_try) && !large && !w->ch->far &&
         p->offered + w->size <= netchan__offer_limit(p->their_memory)) {
         w->here = true;
         f.has_value = true;
@@ -3078,28 +3587,61 @@ static void netchan__on_credit(netchan__peer *p, netchan__frame *f) {
     netchan__mark_dirty(ch);
 }
 
-/* Local operations that wait in the queue end with ECLOSED, unless they are engaged, or their value is at home: they
- * learn its fate from there. */
-static void netchan__end_waiters(netchan__queue *q) {
+/* Local operations that wait in the queue end, unless they are engaged, or their value is at home: they learn its fate
+ * from there. */
+static void netchan__end_waiters(netchan__queue *q, int result) {
     for (netchan__waiter *w = q->head; w;) {
         if (!w->op || w->here || w->op->detached || !netchan__change_state(w->op, NETCHAN__OPEN, NETCHAN__ENGAGED)) {
             w = w->next;
             continue;
         }
         if (w->id) netchan__emit_entry(w, NETCHAN__WITHDRAW, 0, 0);
-        netchan__finish(w->op, w, NETCHAN_ECLOSED);
+        netchan__finish(w->op, w, result);
         w = q->head;
     }
 }
 
+/* An end that this peer has given us, by the number of its channel, or NULL. */
+static netchan *netchan__end_of(const netchan__peer *p, uint64_t channel, bool sends) {
+    if (channel < NETCHAN__FIRST_EXPORT) return sends ? NULL : channel == 1 ? p->recv : NULL;
+    netchan *ch = (netchan *)netchan__map_get(&p->imports, channel);
+    return ch && ch->may_send == sends ? ch : NULL;
+}
+
 static void netchan__on_closed(netchan__peer *p, netchan__frame *f) {
-    netchan *ch = p->recv;
-    if (!ch || f->channel != ch->channel) {
-        netchan__breach(p, "it closed a channel that does not exist");
-        return;
-    }
+    netchan *ch = netchan__end_of(p, f->channel, false);
+    if (!ch && f->channel < NETCHAN__FIRST_EXPORT) netchan__breach(p, "it closed a channel that does not exist");
+    if (!ch) return; /* it was dropped meanwhile */
     ch->closing = ch->closed = true;
-    netchan__end_waiters(&ch->receivers);
+    netchan__end_waiters(&ch->receivers, NETCHAN_ECLOSED);
+    netchan__relay_ended(ch);
+    netchan__tell_ends(ch, false, NETCHAN__CLOSED);
+}
+
+/* Somebody has closed the channel of a sender end. */
+static void netchan__on_closing(netchan__peer *p, netchan__frame *f) {
+    netchan *ch = netchan__end_of(p, f->channel, true);
+    if (!ch) return;
+    ch->closing = ch->lane.closing = ch->close_sent = true;
+    netchan__end_waiters(&ch->lane.senders, NETCHAN_ECLOSED);
+    netchan__relay_ended(ch);
+    netchan__tell_ends(ch, true, NETCHAN__CLOSING);
+}
+
+/* The end leads nowhere any more. What is being negotiated is finished; see P5. */
+static void netchan__end_gone(netchan *ch) {
+    ch->gone = true;
+    netchan__end_waiters(&ch->lane.senders, NETCHAN_ELOST);
+    netchan__end_waiters(&ch->receivers, NETCHAN_ELOST);
+    netchan__relay_ended(ch);
+    ch->senders_lost = ch->receivers_lost = true; /* who drops it tells that */
+    netchan__tell_ends(ch, true, NETCHAN__GONE);
+    netchan__tell_ends(ch, false, NETCHAN__GONE);
+}
+
+static void netchan__on_gone(netchan__peer *p, netchan__frame *f) {
+    netchan *ch = f->channel < NETCHAN__FIRST_EXPORT ? NULL : (netchan *)netchan__map_get(&p->imports, f->channel);
+    if (ch) netchan__end_gone(ch);
 }
 
 /* A send without a caller, of a value that was sent with OK and comes back. */
@@ -3143,10 +3685,10 @@ static void netchan__requeue(netchan *ch, netchan__queue *q) {
 /* The home hangs up: a value that was in its buffer comes back, in one or several frames. */
 static void netchan__on_return(netchan__peer *p, netchan__frame *f) {
     netchan *ch = p->send;
-    size_t have = netchan__buf_size(&ch->returning), memory;
-    bool fits = f->size <= ch->largest && f->count <= f->size && have <= f->size - f->count;
+    size_t have = ch ? netchan__buf_size(&ch->returning) : 0, memory;
+    bool fits = ch && f->size <= ch->largest && f->count <= f->size && have <= f->size - f->count;
     netchan_value v = netchan__nil_value;
-    if (f->channel != ch->channel || !ch->in_flight || !fits) {
+    if (!fits || f->channel != ch->channel || !ch->in_flight) {
         netchan__breach(p, "it returned what was not sent");
         return;
     }
@@ -3156,7 +3698,7 @@ static void netchan__on_return(netchan__peer *p, netchan__frame *f) {
     }
     if (have + f->count < f->size) return;
     const uint8_t *bytes = ch->returning.data + ch->returning.start;
-    int result = netchan__decode(&v, bytes, (size_t)f->size, 2 * ch->largest_memory + 256, &memory);
+    int result = netchan__decode_from(p, &v, bytes, (size_t)f->size, 2 * ch->largest_memory + 256, &memory);
     netchan__buf_free(&ch->returning);
     if (result != NETCHAN_OK) {
         netchan__breach(p, result == NETCHAN_ENOMEM ? "out of memory for a value that comes back"
@@ -3170,55 +3712,441 @@ static void netchan__on_return(netchan__peer *p, netchan__frame *f) {
     if (w) netchan__enqueue(&ch->returned, w, false);
 }
 
+/* ---- Relays: ends that were passed on. ----
+ *
+ * Whoever passes on an end of a channel that has its home elsewhere stands between. The waiters of others wait at the
+ * end as netchan__remote, outside its queues, and under numbers of their own at the next process on the way to the
+ * home, which they tell whose operations they are: the order of locks is the same everywhere. What comes for them from
+ * either side is passed on, values whole.
+ *
+ * Invariants.
+ *   R1  A claim that was passed on is answered to the home exactly once: by who was asked, or, when that process is
+ *       lost, with a DECLINE that says whether it may have the value.
+ *   R2  A waiter that was granted stays until the home has ended it, also when its process is lost; one that was asked
+ *       stays until it answers, also when the home is lost. */
+
+static netchan__remote *netchan__remote_of(netchan__waiter *w) { return (netchan__remote *)(void *)w; }
+
+/* Gives back what the claim on it has reserved. */
+static void netchan__relay_unclaim(netchan__remote *r) {
+    netchan__waiter *w = &r->waiter;
+    netchan__peer *giver = w->is_send ? w->peer : r->up;
+    if (giver) giver->reserved -= w->announced;
+    if (w->peer) w->peer->shipping -= r->size;
+    if (r->size || w->announced) /* a large value: others may have waited for that */
+        for (size_t i = 0; w->peer && i < w->peer->waiters.cap; i++)
+            if (w->peer->waiters.slots[i].key)
+                netchan__mark_dirty(((netchan__waiter *)w->peer->waiters.slots[i].item)->ch);
+    w->announced = r->size = 0;
+    netchan__buf_free(&w->incoming);
+    if (r->down) netchan__map_remove(&netchan__net.relays, r->down);
+    r->down = w->claim = r->waited = 0;
+    r->carried = false;
+    r->step = NETCHAN__IDLE;
+}
+
+/* The process on the way to the home does not know it any more. */
+static void netchan__relay_leave(netchan__remote *r) {
+    if (r->up) netchan__map_remove(&netchan__net.waiters, r->up_id);
+    r->up = NULL;
+}
+
+static void netchan__relay_forget(netchan__remote *r) {
+    netchan__relay_unclaim(r);
+    netchan__relay_leave(r);
+    netchan__forget(&r->waiter);
+}
+
+/* Ends the operation of its process, as far as this case goes. */
+static void netchan__relay_end(netchan__remote *r, int result) {
+    if (r->waiter.peer) netchan__emit_entry(&r->waiter, NETCHAN__ACCEPT, 0, (uint64_t)-result);
+    netchan__relay_forget(r);
+}
+
+static void netchan__relay_decline(netchan__remote *r, bool unknown) {
+    if (r->up) netchan__emit_ids(r->up, NETCHAN__DECLINE, 0, 0, r->waiter.claim, unknown, 0);
+}
+
+/* It waits no longer, and is not being negotiated. */
+static void netchan__relay_withdraw(netchan__remote *r) {
+    if (r->up) netchan__emit_ids(r->up, NETCHAN__WITHDRAW, 0, r->up_id, 0, 0, 0);
+    netchan__relay_forget(r);
+}
+
+/* What ends a waiter at this end before it is registered; OK: nothing. */
+static int netchan__relay_result(const netchan__waiter *w) {
+    const netchan *ch = w->ch;
+    if (w->is_send ? ch->closing : ch->closed) return NETCHAN_ECLOSED;
+    if (ch->gone) return NETCHAN_ELOST;
+    return w->is_send && ch->home && w->size > ch->home->their_message ? NETCHAN_ETOOBIG : NETCHAN_OK;
+}
+
+/* Tells the process on the way to the home, if it can be done now. The waiter may be gone afterwards. */
+static void netchan__relay_register(netchan__remote *r) {
+    netchan__waiter *w = &r->waiter;
+    netchan *ch = w->ch;
+    netchan__peer *p = ch->home;
+    int result = netchan__relay_result(w);
+    if (r->up || !w->peer || r->step != NETCHAN__IDLE) return;
+    if (result != NETCHAN_OK) {
+        netchan__relay_end(r, result);
+        return;
+    }
+    bool costs = w->is_send && ch->credited && ch->lane.cap;
+    if (!p || p->leaving || (costs && !ch->credit) || (w->is_try && p->down)) {
+        if (!w->is_try) return;
+        netchan__emit_entry(w, NETCHAN__WITHDRAWN, 0, 0);
+        netchan__relay_forget(r);
+        return;
+    }
+    r->up_id = ++netchan__net.last_id;
+    if (!netchan__map_put(&netchan__net.waiters, r->up_id, w)) {
+        netchan__breach(w->peer, "out of memory for one of its operations");
+        return;
+    }
+    r->up = p;
+    if (costs) ch->credit--;
+    netchan__frame f = netchan__new_frame(w->is_send ? NETCHAN__OFFER : NETCHAN__DEMAND);
+    f.channel = ch->channel;
+    f.entry = r->up_id;
+    f.op = w->op_id;
+    f.flags = NETCHAN__RELAYED | netchan__flag(w->multi, NETCHAN__MULTI) | netchan__flag(w->is_try, NETCHAN__TRY);
+    memcpy(f.process, r->process, sizeof f.process);
+    size_t most = r->most < w->peer->their_message ? r->most : w->peer->their_message;
+    f.size = w->is_send ? w->size : most;
+    p->emit(p, &f);
+}
+
+/* A waiter of another process has come to this end. */
+static void netchan__relay(netchan__remote *r) {
+    netchan__enqueue(&r->waiter.ch->relayed, &r->waiter, false);
+    netchan__relay_register(r);
+}
+
+/* Registers those that had to wait for it. */
+static void netchan__relay_all(netchan *ch) {
+    netchan__waiter *next;
+    for (netchan__waiter *w = ch->relayed.head; w; w = next) {
+        next = w->next;
+        netchan__relay_register(netchan__remote_of(w));
+    }
+}
+
+/* The end is closed or gone: who waits at it and is not being negotiated learns it. */
+static void netchan__relay_ended(netchan *ch) {
+    netchan__waiter *next;
+    for (netchan__waiter *w = ch->relayed.head; w; w = next) {
+        next = w->next;
+        netchan__remote *r = netchan__remote_of(w);
+        int result = netchan__relay_result(w);
+        if (result == NETCHAN_OK || r->step != NETCHAN__IDLE) continue;
+        if (r->up) netchan__emit_ids(r->up, NETCHAN__WITHDRAW, 0, r->up_id, 0, 0, 0);
+        netchan__relay_end(r, result);
+    }
+}
+
+/* ---- From the home. ---- */
+
+/* Neither this process nor the next has room for the large value now. */
+static bool netchan__relay_full(const netchan__remote *r, size_t size) {
+    const netchan__peer *p = r->waiter.peer;
+    size_t held = r->waiter.is_send ? p->reserved : p->shipping;
+    return held && held + size > (r->waiter.is_send ? p->max_memory : p->their_memory) / 2;
+}
+
+static void netchan__relay_claim(netchan__peer *p, netchan__remote *r, netchan__frame *f) {
+    netchan__waiter *w = &r->waiter;
+    bool final = f->flags & NETCHAN__FINAL;
+    size_t size = w->is_send ? w->size : f->size > SIZE_MAX / 4 ? SIZE_MAX / 4 : (size_t)f->size;
+    if (r->step != NETCHAN__IDLE || !f->match || (f->has_value && (w->is_send || !final))) {
+        netchan__breach(p, "it claimed what it had claimed already");
+        return;
+    }
+    if (!w->is_send && (size > r->most || size > w->peer->their_message)) {
+        netchan__breach(p, "it sent a value that is larger than was asked for");
+        return;
+    }
+    w->claim = f->match;
+    w->claim_final = final;
+    r->down = ++netchan__net.last_id;
+    bool large = size > NETCHAN__FRAGMENT, kept = !(large && netchan__relay_full(r, size));
+    if (kept && !netchan__map_put(&netchan__net.relays, r->down, r)) {
+        kept = false;
+        netchan__breach(w->peer, "out of memory for one of its operations");
+    }
+    if (!kept) { /* it is registered again when there is room */
+        r->down = 0;
+        netchan__relay_decline(r, false);
+        netchan__relay_unclaim(r);
+        netchan__relay_leave(r);
+        return;
+    }
+    if (large) *(w->is_send ? &w->announced : &r->size) = size;
+    if (large) *(w->is_send ? &w->peer->reserved : &w->peer->shipping) += size;
+    r->step = NETCHAN__CLAIMED;
+    r->carried = f->has_value;
+    netchan__frame g = *f;
+    g.entry = w->id;
+    g.match = r->down;
+    w->position = w->peer->emit(w->peer, &g);
+}
+
+/* The value for an engaged receive is here, whole. */
+static void netchan__relay_ship(netchan__remote *r, netchan_value value, size_t size) {
+    netchan__waiter *w = &r->waiter;
+    if (!w->peer) {
+        netchan__relay_decline(r, false);
+        netchan__relay_forget(r);
+        return;
+    }
+    netchan__frame f = netchan__new_frame(NETCHAN__COMMIT);
+    f.entry = w->id;
+    f.match = r->down;
+    f.flags = netchan__flag(w->claim_redelivered, NETCHAN__REDELIVERED);
+    f.has_value = true;
+    f.value = value;
+    f.size = size;
+    r->step = NETCHAN__SHIPPED;
+    w->position = w->peer->emit(w->peer, &f);
+}
+
+static void netchan__relay_commit(netchan__peer *p, netchan__remote *r, netchan__frame *f) {
+    netchan__waiter *w = &r->waiter;
+    if (w->is_send || r->step != NETCHAN__GRANTED || f->match != w->claim || w->announced) {
+        netchan__breach(p, "it committed a match that was not granted");
+        return;
+    }
+    w->claim_redelivered = f->flags & NETCHAN__REDELIVERED;
+    if (f->has_value) netchan__relay_ship(r, f->value, (size_t)f->size);
+    else netchan__announce(p, f->size, &w->announced);
+}
+
+static void netchan__relay_fragment_down(netchan__peer *p, netchan__remote *r, netchan__frame *f) {
+    netchan__waiter *w = &r->waiter;
+    size_t size = w->announced, memory;
+    netchan_value v = netchan__nil_value;
+    if (w->is_send || r->step != NETCHAN__GRANTED) {
+        netchan__breach(p, "it sent a fragment of nothing");
+        return;
+    }
+    if (!netchan__gather(p, &w->incoming, size, f, &v, &memory)) return;
+    p->reserved -= size;
+    w->announced = 0;
+    netchan__relay_ship(r, v, size);
+    netchan_clear(&v);
+}
+
+static void netchan__relay_release(netchan__peer *p, netchan__remote *r, netchan__frame *f) {
+    netchan__waiter *w = &r->waiter;
+    if (r->step != NETCHAN__GRANTED || f->match != w->claim || (!w->is_send && w->announced)) {
+        netchan__breach(p, "it released a match that was not granted");
+        return;
+    }
+    if (!w->peer) {
+        netchan__relay_withdraw(r);
+        return;
+    }
+    netchan__emit_entry(w, NETCHAN__RELEASE, r->down, 0);
+    netchan__relay_unclaim(r);
+}
+
+/* A frame of the process on the way to the home, for a waiter that waits here. */
+static void netchan__relay_down(netchan__peer *p, netchan__remote *r, netchan__frame *f) {
+    netchan__waiter *w = &r->waiter;
+    switch (f->type) {
+    case NETCHAN__CLAIM: netchan__relay_claim(p, r, f); break;
+    case NETCHAN__COMMIT: netchan__relay_commit(p, r, f); break;
+    case NETCHAN__FRAGMENT_DOWN: netchan__relay_fragment_down(p, r, f); break;
+    case NETCHAN__RELEASE: netchan__relay_release(p, r, f); break;
+    case NETCHAN__ACCEPT:
+        if (f->number > 15 || (f->number == 0 && r->step != NETCHAN__GRANTED) || r->step == NETCHAN__CLAIMED ||
+            r->step == NETCHAN__SHIPPED)
+            netchan__breach(p, "it accepted what was not offered");
+        else netchan__relay_end(r, -(int)f->number);
+        break;
+    default: /* WITHDRAWN */
+        if (r->step != NETCHAN__IDLE || !w->is_try) break;
+        if (w->peer) netchan__emit_entry(w, NETCHAN__WITHDRAWN, 0, 0);
+        netchan__relay_forget(r);
+        break;
+    }
+}
+
+/* ---- To the home. ---- */
+
+/* It was granted; a sender's value is here, whole. */
+static void netchan__relay_granted(netchan__remote *r, const netchan_value *value, size_t size) {
+    netchan__waiter *w = &r->waiter;
+    bool over = r->carried;
+    if (!r->up) { /* the home was lost, and nobody else knows */
+        if (over) netchan__relay_forget(r);
+        else netchan__relay_end(r, NETCHAN_ELOST);
+        return;
+    }
+    netchan__frame f = netchan__new_frame(NETCHAN__GRANT);
+    f.match = w->claim;
+    f.entry = r->up_id;
+    f.has_value = w->is_send;
+    f.value = *value;
+    f.size = w->is_send ? size : 0;
+    r->step = NETCHAN__GRANTED;
+    r->waited = 0;
+    w->position = r->up->emit(r->up, &f);
+    if (over) netchan__relay_forget(r);
+}
+
+static void netchan__relay_grant(netchan__peer *p, netchan__remote *r, netchan__frame *f) {
+    netchan__waiter *w = &r->waiter;
+    bool whole = f->has_value || !w->is_send;
+    if (r->step != NETCHAN__CLAIMED || (f->has_value && !w->is_send) || (!whole && f->size != w->announced)) {
+        netchan__breach(p, "it granted what was not claimed");
+        return;
+    }
+    if (whole) netchan__relay_granted(r, &f->value, (size_t)f->size);
+}
+
+static void netchan__relay_fragment_up(netchan__peer *p, netchan__remote *r, netchan__frame *f) {
+    netchan__waiter *w = &r->waiter;
+    size_t size = w->announced, memory;
+    netchan_value v = netchan__nil_value;
+    if (!w->is_send || r->step != NETCHAN__CLAIMED) {
+        netchan__breach(p, "it sent a fragment of nothing");
+        return;
+    }
+    r->waited = 0;
+    if (!netchan__gather(p, &w->incoming, size, f, &v, &memory)) return;
+    netchan__relay_granted(r, &v, size);
+    netchan_clear(&v);
+}
+
+/* A frame of the process whose waiter it is. */
+static void netchan__relay_up(netchan__peer *p, netchan__remote *r, netchan__frame *f) {
+    switch (f->type) {
+    case NETCHAN__GRANT: netchan__relay_grant(p, r, f); break;
+    case NETCHAN__FRAGMENT_UP: netchan__relay_fragment_up(p, r, f); break;
+    case NETCHAN__DECLINE:
+        if (r->step != NETCHAN__CLAIMED && r->step != NETCHAN__SHIPPED) {
+            netchan__breach(p, "it declined what was not claimed");
+            break;
+        }
+        netchan__relay_decline(r, f->number != 0);
+        netchan__relay_forget(r);
+        break;
+    default: /* TAKEN */
+        if (r->step != NETCHAN__SHIPPED) {
+            netchan__breach(p, "it took what was not committed");
+            break;
+        }
+        if (r->up) netchan__emit_ids(r->up, NETCHAN__TAKEN, 0, 0, r->waiter.claim, 0, 0);
+        netchan__relay_forget(r);
+        break;
+    }
+}
+
+/* Its process is gone. */
+static void netchan__relay_lost(netchan__remote *r, const netchan__peer *p) {
+    netchan__waiter *w = &r->waiter;
+    bool left = w->position <= p->sent;
+    switch (r->step) {
+    case NETCHAN__IDLE: netchan__relay_withdraw(r); return;
+    case NETCHAN__CLAIMED: netchan__relay_decline(r, r->carried && left); break;
+    case NETCHAN__SHIPPED: netchan__relay_decline(r, left); break;
+    case NETCHAN__GRANTED:
+        if (!r->up) break;
+        if (w->is_send) w->announced = 0; /* that was the account of the peer */
+        r->size = 0;
+        netchan__map_remove(&w->peer->waiters, w->id);
+        w->peer = NULL; /* R2 */
+        return;
+    }
+    netchan__relay_forget(r);
+}
+
+/* The process on the way to the home is gone, and what waits at the end with it. */
+static void netchan__relay_home_lost(netchan *ch, const netchan__peer *p) {
+    netchan__waiter *next;
+    for (netchan__waiter *w = ch->relayed.head; w; w = next) {
+        next = w->next;
+        netchan__remote *r = netchan__remote_of(w);
+        if (r->up != p) continue;
+        if (!w->is_send) w->announced = 0; /* that was the account of the home */
+        bool unknown = w->is_send && r->step == NETCHAN__GRANTED && w->position <= p->sent && !p->farewell;
+        netchan__relay_leave(r);
+        if (r->step == NETCHAN__IDLE || r->step == NETCHAN__GRANTED)
+            netchan__relay_end(r, unknown ? NETCHAN_EUNKNOWN : NETCHAN_ELOST);
+    }
+}
+
 /* ---- The home: entries of remote operations, and what they answer. ---- */
+
+/* Our channel, or end, that this peer means, or NULL. *x: the export, unless it is a channel of the link. */
+static netchan *netchan__channel_of(const netchan__peer *p, uint64_t channel, bool sends, netchan__export **x) {
+    *x = NULL;
+    if (channel == 0) return sends && p->lane ? p->lane->ch : NULL;
+    if (channel == 1) return sends ? NULL : p->work;
+    *x = (netchan__export *)netchan__map_get(&p->exports, channel);
+    return *x && (*x)->receives != sends ? (*x)->ch : NULL;
+}
 
 /* What is wrong with an OFFER or DEMAND for this channel; NULL: nothing. */
 static const char *netchan__waiter_breach(const netchan__peer *p, const netchan__frame *f, const netchan *ch) {
     bool is_send = f->type == NETCHAN__OFFER, here = (f->flags & NETCHAN__HERE) != 0;
-    if (!ch || f->channel != (is_send ? 0u : 1u) || !f->entry || netchan__map_get(&p->waiters, f->entry) ||
-        here != f->has_value)
+    if (!ch || !f->entry || netchan__map_get(&p->waiters, f->entry) || here != f->has_value || (here && ch->is_end))
         return "it offered or demanded on a channel that does not exist, or twice";
-    if (p->waiters.count >= p->max_ops || f->size > p->max_message ||
+    if (p->waiters.count >= p->max_ops || (is_send && f->size > p->max_message) ||
         (here && p->offered + f->size > netchan__offer_limit(p->max_memory)))
         return "it has more operations than max_ops, or larger ones than max_message and max_memory";
-    if (is_send && p->lane->cap && !p->lane->closing && !p->lane->lent) return "it offered without credit";
+    if (f->channel == 0 && p->lane->cap && !p->lane->closing && !p->lane->lent) return "it offered without credit";
     return NULL;
 }
 
 /* Makes the waiter of a remote operation, which is in no queue yet. Returns NULL after a breach. */
-static netchan__waiter *netchan__make_waiter(netchan__peer *p, netchan__frame *f, netchan *ch) {
+static netchan__remote *netchan__make_remote(netchan__peer *p, netchan__frame *f, netchan *ch) {
     const char *breach = netchan__waiter_breach(p, f, ch);
-    netchan__waiter *w = breach ? NULL : (netchan__waiter *)netchan__alloc(sizeof *w);
-    if (!w || !netchan__map_put(&p->waiters, f->entry, w)) {
-        NETCHAN_FREE(w);
+    netchan__remote *r = breach ? NULL : (netchan__remote *)netchan__alloc(sizeof *r);
+    if (!r || !netchan__map_put(&p->waiters, f->entry, r)) {
+        NETCHAN_FREE(r);
         netchan__breach(p, breach ? breach : "out of memory for one of its operations");
         return NULL;
     }
+    netchan__waiter *w = &r->waiter;
     w->ch = ch;
+    w->held = f->channel >= NETCHAN__FIRST_EXPORT;
+    if (w->held) netchan_retain(ch);
     w->peer = p;
     w->peer_number = p->number;
     w->id = f->entry;
     w->op_id = f->op;
     w->value = f->value;
     f->value = netchan__nil_value;
-    w->size = (size_t)f->size;
     w->memory = f->memory;
     w->is_send = f->type == NETCHAN__OFFER;
-    w->lane = w->is_send ? p->lane : NULL;
+    w->size = w->is_send ? (size_t)f->size : 0;
+    r->most = !w->is_send && f->size && f->size < SIZE_MAX ? (size_t)f->size : SIZE_MAX;
+    r->relayed = f->flags & NETCHAN__RELAYED;
+    memcpy(r->process, r->relayed ? f->process : p->process, sizeof r->process);
+    w->lane = !w->is_send || ch->is_end ? NULL : f->channel == 0 ? p->lane : &ch->lane;
     w->multi = f->flags & NETCHAN__MULTI;
     w->is_try = f->flags & NETCHAN__TRY;
     w->firm = (f->flags & NETCHAN__FIRM) && !w->multi && !w->is_try;
     w->here = f->flags & NETCHAN__HERE;
     if (w->here) p->offered += w->size;
-    if (w->lane && w->lane->cap && !w->lane->closing) w->lane->lent--;
-    return w;
+    if (f->channel == 0 && p->lane->cap && !p->lane->closing) p->lane->lent--;
+    return r;
 }
 
 static void netchan__on_waiter(netchan__peer *p, netchan__frame *f) {
     if (p->leaving) return; /* it learns that from our farewell */
-    netchan *ch = f->type == NETCHAN__DEMAND ? p->work : p->lane ? p->lane->ch : NULL;
-    netchan__waiter *w = netchan__make_waiter(p, f, ch);
-    if (!w) return;
+    netchan__export *x;
+    netchan *ch = netchan__channel_of(p, f->channel, f->type == NETCHAN__OFFER, &x);
+    if (x && x->revoked) return; /* it learns that from GONE */
+    netchan__remote *r = netchan__make_remote(p, f, ch);
+    if (!r) return;
+    netchan__waiter *w = &r->waiter;
+    if (ch->is_end) {
+        netchan__relay(r);
+        return;
+    }
     if (w->is_send ? w->lane->closing : ch->closed) {
         if (w->here) netchan__finish_sender(w, NETCHAN_ECLOSED, 0);
         else netchan__forget(w);
@@ -3226,6 +4154,7 @@ static void netchan__on_waiter(netchan__peer *p, netchan__frame *f) {
     }
     netchan__enqueue(netchan__queue_of(w), w, false);
     if (w->lane) netchan__fill(w->lane);
+    else if (p->direct && p->direct->ch == ch) netchan__serve_only(p->direct);
     netchan__pair(ch); /* w may be gone now */
     w = (netchan__waiter *)netchan__map_get(&p->waiters, f->entry);
     if (!w || !w->is_try) return;
@@ -3235,20 +4164,54 @@ static void netchan__on_waiter(netchan__peer *p, netchan__frame *f) {
     netchan__wait_again(w);
 }
 
+/* Ends those waiters of this peer that are in no match. x: those of this export only, or NULL. */
+static void netchan__leave_waiters(netchan__peer *p, const netchan__export *x) {
+    for (size_t i = 0; i < p->waiters.cap;) { /* forgetting may move another waiter to this slot */
+        netchan__waiter *w = p->waiters.slots[i].key ? (netchan__waiter *)p->waiters.slots[i].item : NULL;
+        bool idle = w && !w->match && (!w->ch->is_end || netchan__remote_of(w)->step == NETCHAN__IDLE);
+        if (!idle || (x && (w->ch != x->ch || w->is_send == x->receives))) i++;
+        else {
+            if (x) netchan__emit_entry(w, NETCHAN__ACCEPT, 0, (uint64_t)-NETCHAN_ELOST);
+            if (w->ch->is_end) netchan__relay_withdraw(netchan__remote_of(w));
+            else netchan__forget(w);
+        }
+    }
+}
+
 /* No new match with this peer: those of its waiters that are in none go. What is being negotiated is finished. */
 static void netchan__leave(netchan__peer *p) {
     p->leaving = true;
-    for (size_t i = 0; i < p->waiters.cap;) { /* forgetting may move another waiter to this slot */
-        netchan__waiter *w = p->waiters.slots[i].key ? (netchan__waiter *)p->waiters.slots[i].item : NULL;
-        if (w && !w->match) netchan__forget(w);
-        else i++;
+    netchan__leave_waiters(p, NULL);
+}
+
+/* Who imported the end by name has no use of it any more; it drops it when it has heard that. */
+static void netchan__revoke(netchan__export *x) {
+    netchan__peer *p = x->peer;
+    x->revoked = true;
+    netchan__map_remove(&p->exported, x->key);
+    netchan__leave_waiters(p, x);
+    netchan__emit_ids(p, NETCHAN__GONE, x->id, 0, 0, 0, 0);
+}
+
+/* The peer lets go of an end. */
+static void netchan__on_drop(netchan__peer *p, netchan__frame *f) {
+    netchan__export *x = (netchan__export *)netchan__map_get(&p->exports, f->channel);
+    if (!x || f->size > x->named || !f->size) {
+        netchan__breach(p, "it dropped a channel end that it does not have");
+        return;
     }
+    x->named -= f->size;
+    if (!x->named) netchan__drop_export(x, f->number != 0);
 }
 
 static void netchan__on_withdraw(netchan__peer *p, netchan__frame *f) {
     netchan__waiter *w = (netchan__waiter *)netchan__map_get(&p->waiters, f->entry);
     if (!w) return;
     netchan__lane *lane = w->lane;
+    if (w->ch->is_end) { /* one that was claimed answers the claim */
+        if (netchan__remote_of(w)->step == NETCHAN__IDLE) netchan__relay_withdraw(netchan__remote_of(w));
+        return;
+    }
     if (w->match) w->withdrawn = true;
     else netchan__forget(w);
     if (lane) netchan__lane_changed(lane);
@@ -3294,10 +4257,14 @@ static void netchan__on_fragment_of_sender(netchan__peer *p, netchan__frame *f) 
     if (netchan__gather(p, &m->incoming, m->announced, f, &m->value, &m->memory)) netchan__locked(m);
 }
 
+static void netchan__receiver_lost(netchan__match *m, netchan__peer *p, bool shipped);
+
+/* Also of a value that was shipped to who relays it, and could not. */
 static void netchan__on_decline(netchan__peer *p, netchan__frame *f) {
     netchan__match *m = netchan__answered(p, f->match, -1);
-    if (m) netchan__fall_through(m, m->step == 1);
-    else netchan__breach(p, "it declined what was not claimed");
+    if (!m) m = netchan__answered(p, f->match, 3);
+    if (!m) netchan__breach(p, "it declined what was not claimed");
+    else netchan__receiver_lost(m, p, f->number && (m->step == 3 || m->carried));
 }
 
 static void netchan__on_taken(netchan__peer *p, netchan__frame *f) {
@@ -3318,8 +4285,14 @@ static void netchan__on_data(netchan__peer *p, netchan__frame *f) {
     }
     lane->lent--;
     p->stats->values_received++;
-    netchan__lane_push(lane, &f->value, (size_t)f->size, f->memory);
+    netchan__lane_push(lane, &f->value, (size_t)f->size, f->memory, p->number);
     netchan__lane_changed(lane);
+}
+
+static void netchan__free_lane(netchan__lane *lane) {
+    NETCHAN__UNLINK(lane->ch->lanes, lane, prev, next);
+    netchan__lane_clear(lane);
+    NETCHAN_FREE(lane);
 }
 
 /* A lane of a merge that is closed and empty goes. */
@@ -3330,33 +4303,41 @@ static void netchan__retire_lane(netchan__lane *lane) {
     if (lane->peer) lane->peer->lane = NULL;
     if (netchan__net.on_drained) netchan__net.on_drained(lane);
     if (lane->is_ready) netchan__update_ready(lane);
-    NETCHAN__UNLINK(ch->lanes, lane, prev, next);
-    netchan__lane_clear(lane);
-    NETCHAN_FREE(lane);
+    netchan__free_lane(lane);
+    netchan__mark_dirty(ch);
 }
 
+static void netchan__close(netchan *ch);
+
 static void netchan__on_close(netchan__peer *p, netchan__frame *f) {
+    netchan__export *x;
+    netchan *ch = netchan__channel_of(p, f->channel, true, &x);
+    if (ch && x) {
+        if (!ch->closing && !x->revoked) netchan__close(ch);
+        return;
+    }
     if (!p->lane || f->channel != 0 || p->lane->closing) {
         netchan__breach(p, "it closed a channel that does not exist, or twice");
         return;
     }
     p->lane->closing = p->lane->closed_by_peer = true;
     p->lane->lent = 0;
-    netchan__turn_away(p->lane);
+    netchan__end_senders(p->lane, NETCHAN_ECLOSED);
     netchan__lane_changed(p->lane);
 }
 
 /* Works off one message of a peer, which may be any bytes: what it may not say is a breach. Call netchan__settle()
  * after the last. */
 static void netchan__handle(netchan__peer *p, netchan__frame *f) {
-    bool from_home = p->send != NULL, to_home = p->work != NULL;
-    if (f->type == NETCHAN__FRAGMENT_OF) {
-        if (from_home) netchan__on_fragment_for_receiver(p, f);
-        else netchan__on_fragment_of_sender(p, f);
+    bool from_home = f->type >= NETCHAN__CLAIM;
+    netchan__waiter *w = from_home ? (netchan__waiter *)netchan__map_get(&netchan__net.waiters, f->entry) : NULL;
+    netchan__remote *r = from_home ? NULL : (netchan__remote *)netchan__map_get(&netchan__net.relays, f->match);
+    if (w && !w->op && netchan__remote_of(w)->up == p) {
+        netchan__relay_down(p, netchan__remote_of(w), f);
         return;
     }
-    if (f->type < NETCHAN__CLAIM ? !to_home : !from_home) {
-        netchan__breach(p, "it sent a message that only the other side may send");
+    if (r && r->waiter.peer == p) {
+        netchan__relay_up(p, r, f);
         return;
     }
     switch (f->type) {
@@ -3367,6 +4348,8 @@ static void netchan__handle(netchan__peer *p, netchan__frame *f) {
     case NETCHAN__TAKEN: netchan__on_taken(p, f); break;
     case NETCHAN__DATA: netchan__on_data(p, f); break;
     case NETCHAN__CLOSE: netchan__on_close(p, f); break;
+    case NETCHAN__FRAGMENT_UP: netchan__on_fragment_of_sender(p, f); break;
+    case NETCHAN__DROP: netchan__on_drop(p, f); break;
     case NETCHAN__CLAIM: netchan__on_claim(p, f); break;
     case NETCHAN__COMMIT: netchan__on_commit(p, f); break;
     case NETCHAN__RELEASE: netchan__on_release(p, f); break;
@@ -3375,16 +4358,22 @@ static void netchan__handle(netchan__peer *p, netchan__frame *f) {
     case NETCHAN__CREDIT: netchan__on_credit(p, f); break;
     case NETCHAN__CLOSED: netchan__on_closed(p, f); break;
     case NETCHAN__RETURN: netchan__on_return(p, f); break;
+    case NETCHAN__FRAGMENT_DOWN: netchan__on_fragment_for_receiver(p, f); break;
+    case NETCHAN__CLOSING: netchan__on_closing(p, f); break;
+    case NETCHAN__GONE: netchan__on_gone(p, f); break;
     default: break;
     }
 }
 
-/* The last fragment of a large value stands in the stream and ends at this position. */
-static void netchan__shipped(netchan__peer *p, uint64_t entry, uint64_t match, uint64_t position) {
-    netchan__match *m = p->work ? (netchan__match *)netchan__map_get(&netchan__net.matches, match) : NULL;
-    netchan__waiter *w = p->work ? NULL : netchan__waiter_of(p, entry);
+/* The last fragment of a large value stands in the stream and ends at this position. from_home: it was committed, else
+ * granted. */
+static void netchan__shipped(netchan__peer *p, bool from_home, uint64_t entry, uint64_t match, uint64_t position) {
+    netchan__match *m = from_home ? (netchan__match *)netchan__map_get(&netchan__net.matches, match) : NULL;
+    netchan__remote *r = from_home ? (netchan__remote *)netchan__map_get(&netchan__net.relays, match) : NULL;
+    netchan__waiter *w = from_home ? NULL : (netchan__waiter *)netchan__map_get(&netchan__net.waiters, entry);
     if (m) m->position = position;
-    if (w) w->position = position;
+    if (r && r->waiter.peer == p) r->waiter.position = position;
+    if (w && (w->op ? w->peer : netchan__remote_of(w)->up) == p) w->position = position;
 }
 
 /* P5: an operation that was engaged is open again. */
@@ -3398,9 +4387,10 @@ static void netchan__reopen(netchan__op *op) {
         netchan__waiter *w = &op->waiters[i];
         if (!w->ch || w->match || w->claim) continue; /* what is being negotiated is finished first */
         bool closed = w->is_send ? (w->lane ? w->lane->closing : w->ch->closing && !op->detached) : w->ch->closed;
-        if (!closed && !w->lost && !w->starved) continue;
+        bool lost = w->lost || w->ch->gone;
+        if (!closed && !lost && !w->starved) continue;
         if (w->peer) netchan__emit_entry(w, NETCHAN__WITHDRAW, 0, 0); /* it may be registered with the next home */
-        netchan__finish(op, w, closed ? NETCHAN_ECLOSED : w->lost ? NETCHAN_ELOST : NETCHAN_ENOMEM);
+        netchan__finish(op, w, closed ? NETCHAN_ECLOSED : lost ? NETCHAN_ELOST : NETCHAN_ENOMEM);
         return;
     }
     netchan__set_state(op, NETCHAN__OPEN);
@@ -3426,8 +4416,17 @@ static void netchan__reopen(netchan__op *op) {
 }
 
 /* Who does not answer a claim holds up whoever waits on the other side of the match: after its patience that is a
- * breach. */
+ * breach. What is relayed may have to wait for several processes. *waited: for how long it was seen waiting. */
+static void netchan__check_answer(netchan__peer *p, uint64_t *waited, uint64_t gap, unsigned hops) {
+    uint64_t patience = p->patience > UINT64_MAX / hops ? UINT64_MAX : p->patience * hops;
+    if (p->down) return; /* that time neither counts nor is forgiven */
+    if (!*waited) *waited = 1;
+    else *waited += gap < patience / 4 ? gap : patience / 4; /* this process may have been stopped */
+    if (*waited > patience) netchan__breach(p, "it does not answer");
+}
+
 static void netchan__check_claims(uint64_t now) {
+    enum { HOPS = 4 };
     uint64_t gap = now - netchan__net.checked;
     netchan__net.checked = now;
     for (size_t i = 0; i < netchan__net.matches.cap; i++) {
@@ -3435,13 +4434,17 @@ static void netchan__check_claims(uint64_t now) {
         netchan__match *m = (netchan__match *)netchan__net.matches.slots[i].item;
         netchan__waiter *asked = m->step == 3 ? m->receiver : netchan__party(m, m->step);
         if (!asked || asked->op || !asked->peer || asked->lost) continue;
-        uint64_t patience = asked->peer->patience;
-        if (asked->peer->down) continue; /* that time neither counts nor is forgiven */
-        if (!m->waited) m->waited = 1;
-        else m->waited += gap < patience / 4 ? gap : patience / 4; /* this process may have been stopped */
-        if (m->waited > patience) netchan__breach(asked->peer, "it does not answer");
+        netchan__check_answer(asked->peer, &m->waited, gap, netchan__remote_of(asked)->relayed ? HOPS : 1);
+    }
+    for (size_t i = 0; i < netchan__net.relays.cap; i++) {
+        if (!netchan__net.relays.slots[i].key) continue;
+        netchan__remote *r = (netchan__remote *)netchan__net.relays.slots[i].item;
+        if (r->waiter.peer && (r->step == NETCHAN__CLAIMED || r->step == NETCHAN__SHIPPED))
+            netchan__check_answer(r->waiter.peer, &r->waited, gap, r->relayed ? HOPS : 1);
     }
 }
+
+static bool netchan__bury(void);
 
 /* Works off what the last steps set free, until nothing more can happen (I2). Caller holds netchan__net_lock. */
 static void netchan__settle(void) {
@@ -3454,6 +4457,12 @@ static void netchan__settle(void) {
             netchan__op *op = netchan__net.released;
             netchan__unlist_released(op);
             netchan__reopen(op);
+        } else if (netchan__net.urgent) {
+            netchan__lane *lane = netchan__net.urgent;
+            netchan__net.urgent = lane->next_changed;
+            lane->is_changed = false;
+            if (lane->only) netchan__serve_only(lane);
+            else if (!lane->matching) netchan__free_lane(lane);
         } else if (netchan__net.dirty) {
             netchan *ch = netchan__net.dirty;
             netchan__net.dirty = ch->next_dirty;
@@ -3467,7 +4476,7 @@ static void netchan__settle(void) {
             netchan__fill(lane);
             if (lane->is_ready) netchan__mark_dirty(lane->ch);
             if (lane->closing && !lane->is_changed) netchan__retire_lane(lane);
-        } else return;
+        } else if (!netchan__bury()) return;
     }
 }
 
@@ -3504,15 +4513,37 @@ static netchan__waiter *netchan__open_try(netchan__queue *q, netchan__peer *p) {
 }
 
 /* The link is broken. Tries do not wait for the next. */
-static void netchan__peer_down(netchan__peer *p) {
-    p->down = true;
-    if (!p->send) return;
-    netchan__queue *queues[2] = {&p->send->lane.senders, &p->recv->receivers};
+static void netchan__end_down(netchan__peer *p, netchan *ch) {
+    netchan__queue *queues[2] = {&ch->lane.senders, &ch->receivers};
     for (int i = 0; i < 2; i++)
         for (netchan__waiter *w; (w = netchan__open_try(queues[i], p));) {
             netchan__emit_entry(w, NETCHAN__WITHDRAW, 0, 0);
             netchan__try_failed(w);
         }
+    for (netchan__waiter *w = ch->relayed.head, *next; w; w = next) {
+        next = w->next;
+        if (!w->is_try || netchan__remote_of(w)->step != NETCHAN__IDLE || !w->peer) continue;
+        netchan__emit_entry(w, NETCHAN__WITHDRAWN, 0, 0);
+        netchan__relay_withdraw(netchan__remote_of(w));
+    }
+}
+
+/* Calls f for each end that this peer has given us, in values. */
+static void netchan__each_import(netchan__peer *p, void (*f)(netchan__peer *p, netchan *ch)) {
+    for (size_t i = 0; i < p->imports.cap; i++)
+        if (p->imports.slots[i].key) f(p, (netchan *)p->imports.slots[i].item);
+}
+
+static void netchan__peer_down(netchan__peer *p) {
+    p->down = true;
+    if (p->send) netchan__end_down(p, p->send);
+    if (p->recv) netchan__end_down(p, p->recv);
+    netchan__each_import(p, netchan__end_down);
+}
+
+static void netchan__end_back(netchan__peer *p, netchan *ch) {
+    (void)p;
+    netchan__register_all(ch);
 }
 
 /* A new link carries on: what had to wait for it goes on. */
@@ -3520,8 +4551,11 @@ static void netchan__peer_up(netchan__peer *p) {
     p->down = false;
     if (p->send) netchan__register_all(p->send);
     if (p->recv) netchan__register_all(p->recv);
+    netchan__each_import(p, netchan__end_back);
+    netchan__mark_exports(p);
     if (p->work) netchan__mark_dirty(p->work);
     if (p->lane) netchan__lane_changed(p->lane);
+    if (p->direct) netchan__lane_changed(p->direct);
 }
 
 /* One local waiter at an end whose home is gone. Truthful: what never left may go again, what may have been taken is
@@ -3575,30 +4609,78 @@ static void netchan__end_lost(netchan *ch, netchan__peer *p, netchan__queue *uns
     }
     netchan__requeue(ch, unsent);
     netchan__requeue(ch, &ch->returned);
+    netchan__relay_home_lost(ch, p);
 }
 
-/* The fate of a match one of whose parties is gone (P2). */
-static void netchan__match_lost(netchan__match *m, netchan__peer *p) {
-    netchan__waiter *asked = m->step == 3 ? m->receiver : netchan__party(m, m->step);
-    if (!asked || asked->op || asked->peer != p) return; /* the one that is asked lives, and will answer */
-    bool shipped = asked == m->receiver && (m->step == 3 || m->carried) && m->position <= p->sent;
-    if (!shipped) { /* it has not got the value: as if it had declined */
+/* An end that came in a value has lost its home, for good. */
+static void netchan__import_lost(netchan__peer *p, netchan *ch) {
+    netchan__queue none = {NULL, NULL};
+    netchan__end_lost(ch, p, &none);
+    for (netchan__waiter *w = ch->relayed.head, *next; w; w = next) { /* what was not registered */
+        next = w->next;
+        if (netchan__remote_of(w)->step == NETCHAN__IDLE) netchan__relay_end(netchan__remote_of(w), NETCHAN_ELOST);
+    }
+    netchan__end_gone(ch);
+}
+
+/* The party of the match that was asked declines, or is gone. shipped: it is the receiver, and may have the value; else
+ * it certainly has not. */
+static void netchan__receiver_lost(netchan__match *m, netchan__peer *p, bool shipped) {
+    if (!shipped) {
         bool both = m->step == 3;
-        p->returned += m->from_buffer && (both || m->carried);
         if (both) m->step = m->receiver_first ? 0 : 1;
         netchan__fall_through(m, both || m->step == 1);
-        return;
-    }
-    p->unknown++;
-    if (!m->from_buffer || p->no_redelivery) {
+    } else if (!m->from_buffer || p->no_redelivery) {
+        p->unknown++;
         netchan__end_match(m, NETCHAN_EUNKNOWN, 0);
-        return;
+    } else {
+        netchan__unlink_match(m);
+        netchan__forget(m->receiver);
+        netchan__settle_buffer(m, true, true);
+        netchan__free_match(m);
     }
-    p->unknown--;
-    netchan__unlink_match(m);
-    netchan__forget(m->receiver);
-    netchan__settle_buffer(m, true, true);
-    netchan__free_match(m);
+}
+
+/* The fate of a match one of whose parties is gone (P2). Returns whether it ended. */
+static bool netchan__match_lost(netchan__match *m, netchan__peer *p) {
+    netchan__waiter *asked = m->step == 3 ? m->receiver : netchan__party(m, m->step);
+    if (!asked || asked->op || asked->peer != p) return false; /* the one that is asked lives, and will answer */
+    bool shipped = asked == m->receiver && (m->step == 3 || m->carried) && m->position <= p->sent;
+    p->returned += !shipped && m->from_buffer && (m->step == 3 || m->carried);
+    netchan__receiver_lost(m, p, shipped);
+    return true;
+}
+
+/* Ends what is being negotiated with the waiters of a peer that is gone. Returns whether something was: that may have
+ * moved others in the map. */
+static bool netchan__end_negotiations(netchan__peer *p) {
+    bool ended = false;
+    for (size_t i = 0; i < p->waiters.cap; i++) {
+        netchan__waiter *w = p->waiters.slots[i].key ? (netchan__waiter *)p->waiters.slots[i].item : NULL;
+        if (w && w->match) ended |= netchan__match_lost(w->match, p);
+        else if (w && w->ch->is_end) {
+            netchan__relay_lost(netchan__remote_of(w), p);
+            ended = true;
+        }
+    }
+    return ended;
+}
+
+/* The values for this process alone have nobody to go to. Returns how many there were. */
+static size_t netchan__end_direct(netchan__peer *p) {
+    netchan__lane *lane = p->direct;
+    if (!lane) return 0;
+    size_t count = lane->count;
+    p->direct = NULL;
+    lane->only = NULL;
+    lane->closing = true;
+    while (lane->count) {
+        netchan__slot slot = netchan__lane_pop(lane);
+        netchan_clear(&slot.value);
+    }
+    netchan__end_senders(lane, NETCHAN_ELOST);
+    netchan__lane_changed(lane); /* it is freed when no match needs it */
+    return count;
 }
 
 /* Values that wait for receivers here which are engaged elsewhere do not wait any more: they come back to their lanes.
@@ -3623,14 +4705,7 @@ static void netchan__call_off(netchan *ch) {
 static void netchan__home_lost(netchan__peer *p) {
     for (size_t i = 0; i < p->waiters.cap; i++)
         if (p->waiters.slots[i].key) ((netchan__waiter *)p->waiters.slots[i].item)->lost = true;
-    netchan *channels[2] = {p->lane ? p->lane->ch : NULL, p->work};
-    for (int i = 0; i < 2; i++) {
-        netchan__match *next;
-        for (netchan__match *m = channels[i] ? channels[i]->matches : NULL; m; m = next) {
-            next = m->next;
-            netchan__match_lost(m, p);
-        }
-    }
+    while (netchan__end_negotiations(p)) continue;
     netchan__leave(p);
     for (size_t i = 0; i < p->waiters.cap; i++)
         if (p->waiters.slots[i].key) ((netchan__waiter *)p->waiters.slots[i].item)->peer = NULL;
@@ -3645,6 +4720,18 @@ static void netchan__home_lost(netchan__peer *p) {
     p->work = NULL;
 }
 
+/* All ends that it had from us, and we from it, are lost. */
+static void netchan__ends_lost(netchan__peer *p) {
+    netchan__each_import(p, netchan__import_lost);
+    netchan__map_free(&p->imports);
+    for (size_t i = 0; i < p->exports.cap;) {
+        if (p->exports.slots[i].key) netchan__drop_export((netchan__export *)p->exports.slots[i].item, true);
+        else i++;
+    }
+    netchan__map_free(&p->exports);
+    netchan__map_free(&p->exported);
+}
+
 /* ====================================================================================================================
  * [8] Operations: what a blocked call does. It registers one waiter per case under the locks of all its channels,
  * pairs, and, if nothing could happen at once, sleeps on its own condition until somebody finishes it or its time is
@@ -3652,6 +4739,12 @@ static void netchan__home_lost(netchan__peer *p) {
  * ================================================================================================================== */
 
 static pthread_mutex_t *netchan__lock_of(netchan *ch) { return __atomic_load_n(&ch->lock, __ATOMIC_ACQUIRE); }
+
+/* Channels under netchan__net_lock whose last holder has let go. They are buried by whoever settles next: what is freed
+ * while the lock is held may still be in use there; and an end may come back until then. Taken after all other locks;
+ * netchan__dead is also read without it. */
+static pthread_mutex_t netchan__dead_lock = PTHREAD_MUTEX_INITIALIZER;
+static netchan *netchan__dead;
 
 static void netchan__give_back(pthread_mutex_t *lock) {
     if (lock == &netchan__net_lock) {
@@ -3666,9 +4759,19 @@ static void netchan__give_back(pthread_mutex_t *lock) {
     pthread_mutex_unlock(lock);
 }
 
+/* Who lets go of a channel while another thread has the lock leaves it to that thread: it looks after it has given the
+ * lock back. */
+static void netchan__bury_rest(void) {
+    while (__atomic_load_n(&netchan__dead, __ATOMIC_SEQ_CST) && pthread_mutex_trylock(&netchan__net_lock) == 0) {
+        netchan__give_back(&netchan__net_lock);
+        netchan__wake_finished();
+    }
+}
+
 static void netchan__unlock_one(pthread_mutex_t *lock) {
     netchan__give_back(lock);
     netchan__wake_finished();
+    netchan__bury_rest();
 }
 
 static pthread_mutex_t *netchan__lock_channel(netchan *ch) {
@@ -3677,23 +4780,6 @@ static pthread_mutex_t *netchan__lock_channel(netchan *ch) {
         pthread_mutex_lock(lock);
         if (lock == netchan__lock_of(ch)) return lock;
         pthread_mutex_unlock(lock);
-    }
-}
-
-/* Puts a channel under netchan__net_lock, with all channels of all operations that wait on it. Caller holds
- * netchan__net_lock. */
-static void netchan__adopt(netchan *ch) {
-    if (netchan__is_net(ch)) return;
-    pthread_mutex_lock(&ch->own); /* who is inside leaves first */
-    __atomic_store_n(&ch->lock, &netchan__net_lock, __ATOMIC_RELEASE);
-    pthread_mutex_unlock(&ch->own);
-    netchan__queue *queues[2] = {&ch->lane.senders, &ch->receivers};
-    for (int q = 0; q < 2; q++) {
-        for (netchan__waiter *w = queues[q]->head; w; w = w->next) {
-            for (size_t i = 0; i < w->op->count; i++)
-                if (w->op->waiters[i].ch) netchan__adopt(w->op->waiters[i].ch);
-            w->op->net = true;
-        }
     }
 }
 
@@ -3733,6 +4819,7 @@ static bool netchan__collect_locks(const netchan__op *op, netchan__locks *locks)
 static void netchan__unlock_all(netchan__locks *locks) {
     while (locks->count) netchan__give_back(locks->items[--locks->count]);
     netchan__wake_finished();
+    netchan__bury_rest();
 }
 
 static void netchan__lock_all(netchan__op *op, netchan__locks *locks) {
@@ -3797,8 +4884,26 @@ static bool netchan__cond_wait(pthread_cond_t *cond, pthread_mutex_t *mutex, uin
 #endif
 }
 
+/* The same with netchan__net_lock, when nothing is left to be done or sent. */
+static bool netchan__wait_net(pthread_cond_t *cond, uint64_t deadline) {
+    netchan__settle();
+    if (!netchan__net.wake && !netchan__to_wake) return netchan__cond_wait(cond, &netchan__net_lock, deadline);
+    netchan__unlock_one(&netchan__net_lock);
+    pthread_mutex_lock(&netchan__net_lock);
+    return true;
+}
+
 static uint64_t netchan__deadline(int timeout_ms) {
     return timeout_ms < 0 ? UINT64_MAX : netchan__now_ns() + (uint64_t)timeout_ms * 1000000u;
+}
+
+/* May this process give away all ends in the value? */
+static bool netchan__may_pass(const netchan_value *v) {
+    netchan_entry e;
+    if (netchan__is_chan(v)) return v->type == NETCHAN_SENDER ? v->as.chan->may_send : v->as.chan->may_receive;
+    for (size_t i = 0; netchan__has_children(v) && netchan__child(v, i, &e); i++)
+        if (!netchan__may_pass(&e.value)) return false;
+    return true;
 }
 
 /* Checks one case and copies or measures what it sends. */
@@ -3816,15 +4921,15 @@ static int netchan__prepare(netchan__waiter *w, netchan_case *c) {
     netchan__measure m = {0, 0, false};
     int result = netchan__measure_value(&c->value, 0, &m);
     if (result != NETCHAN_OK || !w->ch) return result;
-    if (m.channels && w->ch->plain)
-        return netchan__fail(
-            NETCHAN_ETYPE,
-            "the value holds a channel, and this channel leads to another process; send what the channel is for");
+    if (m.channels && !netchan__may_pass(&c->value))
+        return netchan__fail(NETCHAN_EINVAL,
+                             "the value holds an end in the wrong direction: a sender end of a channel that is only "
+                             "for receives here, or a receiver end of one that is only for sends");
     w->size = m.wire;
     w->memory = m.block;
     if (!w->ch->is_end) return netchan__copy_measured(&w->value, &c->value, &m);
     w->value = c->value; /* which outlives the call */
-    w->value.flags = 0;
+    w->value.flags = m.channels ? NETCHAN__CARRIES : 0;
     return NETCHAN_OK;
 }
 
@@ -3834,14 +4939,19 @@ static void netchan__attempt(netchan__waiter *w) {
     if (w->is_send ? ch->closing : ch->closed) {
         netchan__change_state(w->op, NETCHAN__OPEN, NETCHAN__ENGAGED);
         netchan__finish(w->op, w, NETCHAN_ECLOSED);
+    } else if (ch->gone || (w->to && !w->lane)) {
+        netchan__change_state(w->op, NETCHAN__OPEN, NETCHAN__ENGAGED);
+        netchan__finish(w->op, w, ch->gone ? NETCHAN_ELOST : w->starved ? NETCHAN_ENOMEM : NETCHAN_ENOPEER);
     } else if (ch->is_end) {
         netchan__pair_end(ch);
-    } else if (w->is_send && netchan__fits_nobody(ch, w->size)) {
+    } else if (w->is_send && netchan__fits_nobody(ch, w)) {
         netchan__change_state(w->op, NETCHAN__OPEN, NETCHAN__ENGAGED);
         netchan__finish(w->op, w, NETCHAN_ETOOBIG);
     } else {
-        if (w->is_send) netchan__fill(w->lane); /* before a receive on the same channel has its turn */
-        netchan__pair(ch);
+        netchan__lane *lane = w->lane;
+        if (lane) netchan__fill(lane); /* before a receive on the same channel has its turn */
+        if (lane && lane->is_direct) netchan__serve_only(lane);
+        else netchan__pair(ch);
     }
 }
 
@@ -3851,6 +4961,23 @@ static void netchan__leave_queues(netchan__op *op) {
         netchan__dequeue(w);
         if (w->lane) netchan__update_ready(w->lane);
     }
+}
+
+/* The lane of values for the peer that w is for; it may be made. NULL: there is no such peer, or no memory. */
+static netchan__lane *netchan__direct_lane(netchan__waiter *w) {
+    netchan__peer *p = (netchan__peer *)netchan__map_get(&netchan__net.by_number, w->to);
+    if (!p || !p->work || p->leaving) return NULL;
+    if (!p->direct) {
+        netchan__lane *lane = (netchan__lane *)netchan__alloc(sizeof *lane);
+        w->starved = !lane;
+        if (!lane) return NULL;
+        netchan__lane_init(lane, p->work, w->ch->lane.cap);
+        lane->is_direct = true;
+        lane->only = p;
+        NETCHAN__LINK(p->work->lanes, lane, prev, next);
+        p->direct = lane;
+    }
+    return p->direct;
 }
 
 /* Registers all cases, in random order, and pairs. Caller holds all locks. */
@@ -3865,7 +4992,7 @@ static void netchan__begin(netchan__op *op) {
     for (size_t i = 0; i < count; i++) { /* in that order: two cases may wait in one queue */
         netchan__waiter *w = &op->waiters[op->waiters[i].turn];
         if (!w->ch) continue;
-        w->lane = w->is_send && !w->ch->is_end ? &w->ch->lane : NULL;
+        w->lane = w->is_send && !w->ch->is_end ? w->to ? netchan__direct_lane(w) : &w->ch->lane : NULL;
         netchan__enqueue(netchan__queue_of(w), w, false);
         if (w->lane) netchan__update_ready(w->lane);
     }
@@ -3983,31 +5110,37 @@ NETCHANDEF netchan_case netchan_case_recv(netchan *ch, netchan_value *v) {
     return c;
 }
 
-static int netchan__operate_one(netchan_case *c, int timeout_ms) {
+/* to: see netchan__waiter. */
+static int netchan__operate_one(netchan_case *c, uint64_t to, int timeout_ms) {
     netchan__waiter waiter;
     pthread_mutex_t *lock;
     memset(&waiter, 0, sizeof waiter);
+    waiter.to = to;
     int result = netchan__operate(c, 1, timeout_ms, &waiter, &lock);
     return result < 0 ? result : c->result;
 }
 
 NETCHANDEF int netchan_send(netchan *ch, netchan_value v, int timeout_ms) {
     netchan_case c = netchan_case_send(ch, v);
-    return netchan__operate_one(&c, timeout_ms);
+    return netchan__operate_one(&c, 0, timeout_ms);
 }
 
 NETCHANDEF int netchan_recv(netchan *ch, netchan_value *v, int timeout_ms) {
     netchan_case c = netchan_case_recv(ch, v);
-    return netchan__operate_one(&c, timeout_ms);
+    return netchan__operate_one(&c, 0, timeout_ms);
 }
 
-NETCHANDEF int netchan_select(netchan_case *cases, size_t count, int timeout_ms) {
+NETCHANDEF int netchan_recvfrom(netchan *ch, netchan_value *v, netchan_peer *from, int timeout_ms) {
+    netchan_case c = netchan_case_recv(ch, v);
+    int result = netchan__operate_one(&c, 0, timeout_ms);
+    if (from) *from = c.peer;
+    return result;
+}
+
+static int netchan__select(netchan_case *cases, size_t count, int timeout_ms) {
     enum { FEW = 8 };
     netchan__waiter few[FEW], *waiters = few;
     pthread_mutex_t *few_locks[FEW], **locks = few_locks;
-    if (count && !cases)
-        return netchan__fail(NETCHAN_EINVAL, "netchan_select: %zu cases, but the array is NULL", count);
-    if (count > INT32_MAX) return netchan__fail(NETCHAN_EINVAL, "netchan_select: more cases than an int can number");
     if (count > FEW) {
         waiters = (netchan__waiter *)netchan__alloc(count * sizeof *waiters);
         locks = (pthread_mutex_t **)netchan__alloc(count * sizeof *locks);
@@ -4019,6 +5152,41 @@ NETCHANDEF int netchan_select(netchan_case *cases, size_t count, int timeout_ms)
     } else netchan__fail_memory("netchan_select");
     if (waiters != few) NETCHAN_FREE(waiters);
     if (locks != few_locks) NETCHAN_FREE(locks);
+    return result;
+}
+
+static bool netchan__is_remote(const netchan_case *c) { return c->ch && c->ch->is_end; }
+
+/* Tries those cases whose channels have their home elsewhere. Returns as netchan_select(). */
+static int netchan__try_remote(netchan_case *cases, size_t count) {
+    enum { MOST = 16 };
+    netchan_case remote[MOST];
+    size_t index[MOST], n = 0;
+    for (size_t i = 0; i < count && n < MOST; i++) {
+        if (!netchan__is_remote(&cases[i])) continue;
+        index[n] = i;
+        remote[n++] = cases[i];
+    }
+    int result = netchan__select(remote, n, NETCHAN_NOWAIT);
+    if (result < 0) return result;
+    for (size_t i = 0; i < count; i++) cases[i].result = NETCHAN_ETIMEDOUT;
+    cases[index[result]] = remote[result];
+    return (int)index[result];
+}
+
+NETCHANDEF int netchan_select(netchan_case *cases, size_t count, int timeout_ms) {
+    enum { TURN = 15 };
+    static NETCHAN__THREAD_LOCAL unsigned local; /* selects in a row in which a local case came before remote ones */
+    if (count && !cases)
+        return netchan__fail(NETCHAN_EINVAL, "netchan_select: %zu cases, but the array is NULL", count);
+    if (count > INT32_MAX) return netchan__fail(NETCHAN_EINVAL, "netchan_select: more cases than an int can number");
+    size_t remotes = 0;
+    for (size_t i = 0; i < count; i++) remotes += netchan__is_remote(&cases[i]);
+    bool mixed = remotes && remotes < count;
+    int result = mixed && local >= TURN ? netchan__try_remote(cases, count) : NETCHAN_ETIMEDOUT;
+    if (local >= TURN) local = 0;
+    if (result < 0) result = netchan__select(cases, count, timeout_ms);
+    if (mixed && result >= 0) local = netchan__is_remote(&cases[result]) ? 0 : local + 1;
     return result;
 }
 
@@ -4042,23 +5210,87 @@ NETCHANDEF netchan *netchan_retain(netchan *ch) {
     return ch;
 }
 
+/* An end that was found by its number, perhaps just before it is buried. */
+static void netchan__retain_end(netchan *ch) {
+    pthread_mutex_lock(&netchan__dead_lock);
+    netchan_retain(ch);
+    pthread_mutex_unlock(&netchan__dead_lock);
+}
+
+static void netchan__destroy(netchan *ch) {
+    NETCHAN_ASSERT(!ch->receivers.head && !ch->lane.senders.head && !ch->matches && !ch->exports && !ch->is_dirty);
+    netchan__lane_clear(&ch->lane);
+    while (ch->lanes && ch->lanes != &ch->lane) netchan__free_lane(ch->lanes);
+    netchan__buf_free(&ch->returning);
+    pthread_mutex_destroy(&ch->own);
+    NETCHAN_FREE(ch);
+}
+
+/* Frees one channel of those. Returns whether there was one. Caller holds netchan__net_lock, and nothing is dirty. */
+static bool netchan__bury(void) {
+    pthread_mutex_lock(&netchan__dead_lock);
+    netchan *ch = netchan__dead;
+    bool alive = ch && __atomic_load_n(&ch->refs, __ATOMIC_ACQUIRE);
+    netchan__peer *p = ch && !alive && ch->is_end && ch->channel >= NETCHAN__FIRST_EXPORT ? ch->home : NULL;
+    if (ch) __atomic_store_n(&netchan__dead, ch->next_dead, __ATOMIC_SEQ_CST);
+    if (ch) ch->is_dead = false;
+    if (p) netchan__map_remove(&p->imports, ch->channel);
+    pthread_mutex_unlock(&netchan__dead_lock);
+    if (!ch || alive) return ch != NULL;
+    bool lost = ch->may_send ? ch->senders_lost : ch->receivers_lost;
+    if (p) netchan__emit_ids(p, NETCHAN__DROP, ch->channel, 0, 0, lost, (size_t)ch->named);
+    netchan__destroy(ch);
+    return true;
+}
+
+/* One holder less of a channel under netchan__net_lock, which the caller may have or not. */
+static void netchan__free_net(netchan *ch) {
+    pthread_mutex_lock(&netchan__dead_lock);
+    bool last = __atomic_sub_fetch(&ch->refs, 1, __ATOMIC_ACQ_REL) == 0;
+    if (last && !ch->is_dead) {
+        ch->next_dead = netchan__dead;
+        ch->is_dead = true;
+        __atomic_store_n(&netchan__dead, ch, __ATOMIC_SEQ_CST);
+    }
+    pthread_mutex_unlock(&netchan__dead_lock);
+    if (last) netchan__bury_rest();
+}
+
 NETCHANDEF void netchan_free(netchan *ch) {
-    if (!ch || __atomic_sub_fetch(&ch->refs, 1, __ATOMIC_ACQ_REL)) return;
+    if (!ch) return;
+    if (netchan__is_net(ch)) {
+        netchan__free_net(ch);
+        return;
+    }
+    if (__atomic_sub_fetch(&ch->refs, 1, __ATOMIC_ACQ_REL)) return;
     static NETCHAN__THREAD_LOCAL netchan
         *to_free; /* channels that lie in channels are freed one by one, however deep */
     static NETCHAN__THREAD_LOCAL bool freeing;
-    ch->next_dirty = to_free;
+    ch->next_dead = to_free;
     to_free = ch;
     if (freeing) return;
     freeing = true;
     while ((ch = to_free)) {
-        to_free = ch->next_dirty;
-        NETCHAN_ASSERT(!ch->receivers.head && !ch->lane.senders.head && !ch->matches);
-        netchan__lane_clear(&ch->lane);
-        pthread_mutex_destroy(&ch->own);
-        NETCHAN_FREE(ch);
+        to_free = ch->next_dead;
+        netchan__destroy(ch);
     }
     freeing = false;
+}
+
+/* Caller holds the channel's lock. */
+static void netchan__close(netchan *ch) {
+    ch->closing = ch->lane.closing = true;
+    if (ch->is_end) {
+        netchan__end_waiters(&ch->lane.senders, NETCHAN_ECLOSED);
+        netchan__relay_ended(ch);
+        netchan__tell_ends(ch, true, NETCHAN__CLOSING);
+        netchan__pair_end(ch);
+        return;
+    }
+    for (netchan__lane *lane = ch->is_merge ? NULL : ch->lanes; lane; lane = lane->next)
+        netchan__end_senders(lane, NETCHAN_ECLOSED);
+    netchan__tell_ends(ch, true, NETCHAN__CLOSING);
+    netchan__pair(ch);
 }
 
 NETCHANDEF int netchan_close(netchan *ch) {
@@ -4066,16 +5298,7 @@ NETCHANDEF int netchan_close(netchan *ch) {
     if (!ch->may_send) return netchan__fail(NETCHAN_EINVAL, "netchan_close: only the sending side closes a channel");
     pthread_mutex_t *lock = netchan__lock_channel(ch);
     int result = ch->closing ? NETCHAN_ECLOSED : NETCHAN_OK;
-    if (result == NETCHAN_OK) {
-        ch->closing = ch->lane.closing = true;
-        if (ch->is_end) {
-            netchan__end_waiters(&ch->lane.senders);
-            netchan__pair_end(ch);
-        } else {
-            netchan__turn_away(&ch->lane);
-            netchan__pair(ch);
-        }
-    }
+    if (result == NETCHAN_OK) netchan__close(ch);
     netchan__unlock_one(lock);
     return netchan__note(result, "netchan_close: the channel was closed before");
 }
@@ -4094,7 +5317,8 @@ NETCHANDEF size_t netchan_cap(netchan *ch) {
     if (!ch) return 0;
     pthread_mutex_t *lock = netchan__lock_channel(ch);
     size_t n = ch->is_end ? ch->lane.cap : 0;
-    for (netchan__lane *lane = ch->is_end ? NULL : ch->lanes; lane; lane = lane->next) n += lane->cap;
+    for (netchan__lane *lane = ch->is_end ? NULL : ch->lanes; lane; lane = lane->next)
+        n += lane->is_direct ? 0 : lane->cap;
     netchan__unlock_one(lock);
     return n;
 }
@@ -4129,11 +5353,15 @@ enum {
 
 typedef struct netchan__session netchan__session;
 typedef struct netchan__hub netchan__hub;
+typedef struct netchan__name netchan__name;
+typedef struct netchan__asked netchan__asked;
+typedef struct netchan__wanted netchan__wanted;
 
 /* A large value on its way, in fragments. */
 typedef struct netchan__parcel netchan__parcel;
 struct netchan__parcel {
     netchan__parcel *next;
+    bool from_home;
     uint64_t entry, match, id; /* id: what stands in the fragments */
     netchan__buf bytes;
 };
@@ -4151,6 +5379,7 @@ typedef struct netchan__wire {
     bool ack_now, flush;
     uint8_t binding[32];       /* a secret of this link alone, known to both sides */
     uint8_t identity[32];      /* whom the other side has proved to be */
+    char identity_text[NETCHAN_FINGERPRINT_SIZE];
     uint8_t fresh[48];         /* listening: random bytes for a new session */
     netchan__buf in;           /* the beginning of a frame */
     netchan__buf control;      /* frames that are not numbered */
@@ -4181,7 +5410,12 @@ struct netchan__session {
     netchan__parcel *parcels, *last_parcel;
     uint64_t down_since, checked; /* nanoseconds */
     uint64_t round_trip;   /* nanoseconds, newest; 0: not measured yet */
-    char address[80];
+    char address[80], identity_text[NETCHAN_FINGERPRINT_SIZE];
+    /* Listening: its own pair of channels, NULL until it was shown in link->accept; and the queue for that. */
+    netchan *own_send, *own_recv;
+    netchan__session *prev_new, *next_new;
+    bool is_new, is_shown;
+    size_t asks; /* names that it waits for */
 };
 
 /* One listen or dial without its sockets, see [10]. */
@@ -4200,6 +5434,12 @@ struct netchan__hub {
     size_t events_dropped;
     uint64_t unknown;
     size_t unreceived; /* values that were handed back to a peer and may not have reached it */
+    size_t undelivered; /* values for one peer alone, which is gone */
+    netchan__session *first_new, *last_new; /* listening: those that wait to be accepted */
+    netchan__name *names;
+    netchan__asked *asked;
+    netchan__wanted *wanted;
+    uint64_t last_wanted;
 };
 
 static void netchan__mark_pending(netchan__session *s) {
@@ -4240,19 +5480,24 @@ static void netchan__emit_ack(netchan__wire *w, const netchan__session *s) {
     netchan__emit_control(w, NETCHAN__ACK, body, (size_t)(netchan__varint_put(body, s->received) - body));
 }
 
-/* The fields of each numbered frame type: c channel, e entry, o op, m match, f flags, s size, n number; v a value, b
- * bytes. */
+/* The fields of each numbered frame type: c channel, e entry, o op, m match, f flags, p process, if a flag says so,
+ * s size, n number; v a value, b bytes. */
 static const char *netchan__frame_fields(unsigned type) {
     switch (type) {
     case NETCHAN__BYE: return "n";
-    case NETCHAN__OFFER: return "ceofsv";
-    case NETCHAN__DEMAND: return "ceof";
+    case NETCHAN__OFFER: return "ceofpsv";
+    case NETCHAN__DEMAND: return "ceofps";
     case NETCHAN__WITHDRAW: case NETCHAN__WITHDRAWN: return "e";
     case NETCHAN__GRANT: return "msv";
-    case NETCHAN__DECLINE: case NETCHAN__TAKEN: return "m";
+    case NETCHAN__DECLINE: return "mn";
+    case NETCHAN__TAKEN: return "m";
     case NETCHAN__DATA: return "cv";
-    case NETCHAN__CLOSE: case NETCHAN__CLOSED: return "c";
-    case NETCHAN__FRAGMENT_OF: return "mb";
+    case NETCHAN__CLOSE: case NETCHAN__CLOSED: case NETCHAN__CLOSING: case NETCHAN__GONE: return "c";
+    case NETCHAN__FRAGMENT_UP: return "mb";
+    case NETCHAN__FRAGMENT_DOWN: return "eb";
+    case NETCHAN__DROP: return "csn";
+    case NETCHAN__IMPORT: case NETCHAN__IMPORTED: return "nfb";
+    case NETCHAN__FORGET: return "n";
     case NETCHAN__CLAIM: case NETCHAN__COMMIT: return "emfsv";
     case NETCHAN__RELEASE: return "em";
     case NETCHAN__ACCEPT: return "en";
@@ -4291,8 +5536,14 @@ static uint8_t *netchan__append_frame(netchan__session *s, const netchan__frame 
     uint8_t head[80], *p = head;
     netchan__frame f = *frame;
     *p++ = (uint8_t)f.type;
-    for (const char *field = netchan__frame_fields(f.type); *field && netchan__frame_field(&f, *field); field++)
-        p = netchan__varint_put(p, *netchan__frame_field(&f, *field));
+    for (const char *field = netchan__frame_fields(f.type); *field; field++) {
+        uint64_t *number = netchan__frame_field(&f, *field);
+        if (number) p = netchan__varint_put(p, *number);
+        else if (*field == 'p' && f.flags & NETCHAN__RELAYED) {
+            memcpy(p, f.process, sizeof f.process);
+            p += sizeof f.process;
+        }
+    }
     size_t length = (size_t)(p - head) + extra, total = netchan__varint_size(length) + length;
     NETCHAN_ASSERT(total <= NETCHAN__FRAME_MAX);
     if (netchan__unsent(s) + total > netchan__stream_limit(s)) {
@@ -4323,16 +5574,17 @@ static void netchan__append_parcel(netchan__session *s, netchan__parcel *parcel)
 static uint64_t netchan__queue_parcel(netchan__session *s, const netchan__frame *f) {
     netchan__parcel *parcel = (netchan__parcel *)netchan__alloc(sizeof *parcel);
     uint8_t *to = parcel ? netchan__buf_reserve(&parcel->bytes, (size_t)f->size) : NULL;
-    if (!to) {
+    if (!to || !netchan__write_for(&s->peer, to + f->size, &f->value)) {
+        if (parcel) netchan__buf_free(&parcel->bytes);
         NETCHAN_FREE(parcel);
         netchan__breach(&s->peer, "out of memory for what is to be sent to it");
         return UINT64_MAX;
     }
-    netchan__write_value(to + f->size, &f->value);
+    parcel->from_home = f->type == NETCHAN__COMMIT;
     parcel->bytes.end += (size_t)f->size;
     parcel->entry = f->entry;
     parcel->match = f->match;
-    parcel->id = f->type == NETCHAN__COMMIT ? f->entry : f->match;
+    parcel->id = parcel->from_home ? f->entry : f->match;
     netchan__append_parcel(s, parcel);
     return UINT64_MAX; /* netchan__shipped() will tell */
 }
@@ -4342,10 +5594,13 @@ static uint64_t netchan__session_emit(netchan__peer *p, const netchan__frame *f)
     netchan__session *s = netchan__session_of(p);
     bool large = f->has_value && f->size > NETCHAN__FRAGMENT;
     size_t extra = f->bytes ? f->count : f->has_value && !large ? (size_t)f->size : 0;
-    uint8_t *to = netchan__append_frame(s, f, extra);
+    netchan__names names = netchan__names_of(p);
+    bool named = !f->has_value || !netchan__has_ends(&f->value) || netchan__export_all(p, &f->value);
+    if (!named) netchan__breach(p, "out of memory for what is to be sent to it");
+    uint8_t *to = named ? netchan__append_frame(s, f, extra) : NULL;
     if (!to) return UINT64_MAX;
     if (f->bytes && extra) memcpy(to, f->bytes, extra);
-    else if (extra) netchan__write_value(to + extra, &f->value);
+    else if (extra) netchan__write_value(to + extra, &f->value, &names.ends);
     return large ? netchan__queue_parcel(s, f) : s->queued;
 }
 
@@ -4353,8 +5608,8 @@ static uint64_t netchan__session_emit(netchan__peer *p, const netchan__frame *f)
 static void netchan__cut_fragment(netchan__session *s) {
     netchan__parcel *parcel = s->parcels;
     size_t size = netchan__buf_size(&parcel->bytes);
-    netchan__frame f = netchan__new_frame(NETCHAN__FRAGMENT_OF);
-    f.match = parcel->id;
+    netchan__frame f = netchan__new_frame(parcel->from_home ? NETCHAN__FRAGMENT_DOWN : NETCHAN__FRAGMENT_UP);
+    f.entry = f.match = parcel->id;
     f.count = size < NETCHAN__FRAGMENT ? size : (size_t)NETCHAN__FRAGMENT;
     f.bytes = parcel->bytes.data + parcel->bytes.start;
     s->peer.emit(&s->peer, &f);
@@ -4365,7 +5620,7 @@ static void netchan__cut_fragment(netchan__session *s) {
         netchan__append_parcel(s, parcel);
         return;
     }
-    netchan__shipped(&s->peer, parcel->entry, parcel->match, s->queued);
+    netchan__shipped(&s->peer, parcel->from_home, parcel->entry, parcel->match, s->queued);
     netchan__buf_free(&parcel->bytes);
     NETCHAN_FREE(parcel);
 }
@@ -4463,8 +5718,14 @@ static void netchan__on_bye(netchan__session *s, uint64_t returns) {
 /* Reads the fields of a frame. Returns false after a breach. */
 static bool netchan__read_frame(netchan__session *s, netchan__frame *f, netchan__reader *r) {
     const char *field = netchan__frame_fields(f->type);
-    for (; *field && netchan__frame_field(f, *field); field++)
-        *netchan__frame_field(f, *field) = netchan__read_varint(r);
+    for (; *field && *field != 'b' && *field != 'v'; field++) {
+        uint64_t *number = netchan__frame_field(f, *field);
+        if (number) *number = netchan__read_varint(r);
+        else if (f->flags & NETCHAN__RELAYED) {
+            const uint8_t *process = netchan__read_bytes(r, sizeof f->process);
+            if (process) memcpy(f->process, process, sizeof f->process);
+        }
+    }
     size_t left = netchan__left(r);
     if (r->bad) {
         netchan__breach(&s->peer, "it sent a frame that is cut off");
@@ -4479,7 +5740,8 @@ static bool netchan__read_frame(netchan__session *s, netchan__frame *f, netchan_
             netchan__breach(&s->peer, "it sent a value over max_message");
             return false;
         }
-        int result = f->size != left ? NETCHAN_EPROTO : netchan__decode(&f->value, r->p, left, 0, &f->memory);
+        int result = f->size != left ? NETCHAN_EPROTO
+                                     : netchan__decode_from(&s->peer, &f->value, r->p, left, 0, &f->memory);
         if (result != NETCHAN_OK) {
             netchan__breach(&s->peer, result == NETCHAN_ENOMEM ? "out of memory for a value it sent"
                                                                : "it sent a malformed value");
@@ -4489,6 +5751,8 @@ static bool netchan__read_frame(netchan__session *s, netchan__frame *f, netchan_
     }
     return true;
 }
+
+static void netchan__on_naming(netchan__session *s, netchan__frame *f);
 
 /* A numbered frame. size: its bytes, with its length. */
 static void netchan__on_frame(netchan__session *s, uint64_t now, unsigned type, netchan__reader *r, size_t size) {
@@ -4501,6 +5765,7 @@ static void netchan__on_frame(netchan__session *s, uint64_t now, unsigned type, 
     if (!s->wire->ack_at) s->wire->ack_at = (now / period + 1) * period;
     if (!netchan__frame_fields(type) || !netchan__read_frame(s, &f, r)) return;
     if (type == NETCHAN__BYE) netchan__on_bye(s, f.number);
+    else if (type == NETCHAN__IMPORT || type == NETCHAN__IMPORTED || type == NETCHAN__FORGET) netchan__on_naming(s, &f);
     else netchan__handle(&s->peer, &f);
     netchan_clear(&f.value);
 }
@@ -4606,6 +5871,17 @@ static uint64_t netchan__wire_tick(netchan__wire *w, uint64_t now) {
     return w->ack_at && w->ack_at < next ? w->ack_at : next;
 }
 
+/* netchan__ends.find for values that did not leave: they were named from the other point of view. */
+static netchan *netchan__find_own(netchan__ends *e, const uint8_t *name) {
+    netchan__peer *p = ((netchan__names *)(void *)e)->peer;
+    uint64_t id = netchan__load(name + 1, 8);
+    netchan__export *x = name[0] & NETCHAN__YOURS ? NULL : (netchan__export *)netchan__map_get(&p->exports, id);
+    netchan *ch = x ? x->ch : (netchan *)netchan__map_get(&p->imports, id);
+    if (ch && ch->is_end) netchan__retain_end(ch);
+    else netchan_retain(ch);
+    return ch;
+}
+
 /* The values that were sent within credit and never left, in their order; each is a send again. */
 static void netchan__take_back(netchan__session *s, netchan__queue *unsent) {
     netchan *ch = s->peer.send;
@@ -4625,7 +5901,8 @@ static void netchan__take_back(netchan__session *s, netchan__queue *unsent) {
         ch->in_flight--;
         s->peer.returned++;
         s->peer.stats->values_sent--;
-        if (netchan__decode(&v, body.p, size, 0, &memory) != NETCHAN_OK) {
+        netchan__names names = {{NULL, netchan__find_own, false}, &s->peer};
+        if (netchan__decode(&v, body.p, size, 0, &memory, &names.ends) != NETCHAN_OK) {
             ch->undelivered++; /* out of memory */
             continue;
         }
@@ -4645,9 +5922,11 @@ static void netchan__session_lost(netchan__session *s) {
         if (s->bye_sent && s->bye_received && !s->returns) p->send->in_flight = 0; /* it arrived */
         netchan__end_lost(p->send, p, &unsent);
         netchan__end_lost(p->recv, p, &none);
-    }
-    if (p->work) netchan__home_lost(p);
+    } /* before its ends are lost: they may be in those values */
+    netchan__home_lost(p);
+    netchan__ends_lost(p);
     p->send = p->recv = NULL;
+    netchan__map_remove(&netchan__net.by_number, p->number);
     NETCHAN__UNLINK(netchan__net.peers, p, prev_peer, next_peer);
     netchan__settle();
 }
@@ -4718,7 +5997,7 @@ static void netchan__log(netchan__hub *h, int level, const char *format, ...) {
 
 /* An event while it is put together. */
 typedef struct netchan__news {
-    netchan_entry entries[9];
+    netchan_entry entries[10];
     size_t count;
 } netchan__news;
 
@@ -4754,7 +6033,7 @@ static void netchan__event(netchan__hub *h, netchan__news n) {
         h->events_dropped = 1 + (size_t)netchan_as_uint(netchan_get(&oldest.value, "dropped"), 0);
         netchan_clear(&oldest.value);
     }
-    netchan__lane_push(lane, &event, 0, 0);
+    netchan__lane_push(lane, &event, 0, 0, 0);
     netchan__lane_changed(lane);
 }
 
@@ -4763,6 +6042,7 @@ static void netchan__lane_drained(netchan__lane *lane) {
     netchan__hub *h = (netchan__hub *)lane->hub;
     if (!h) return;
     h->orphans -= lane->orphaned;
+    if (lane->ch != h->link.recv) lane->ch->closing = true; /* there will be no other */
     if (lane->closed_by_peer) netchan__event(h, netchan__begin_event("closed", lane->peer_number, NULL, NULL));
 }
 
@@ -4774,12 +6054,354 @@ static netchan_stats netchan__hub_stats(const netchan__hub *h) {
     const netchan *send = h->link.send;
     stats.peers = h->peers;
     stats.queued = send->lane.count + send->detached;
+    for (const netchan__session *s = h->sessions; s; s = s->next)
+        stats.queued += (s->peer.direct ? s->peer.direct->count : 0) + (s->own_send ? s->own_send->lane.count : 0);
     stats.in_flight = send->in_flight;
     for (const netchan__match *m = send->matches; m; m = m->next)
         stats.in_flight += m->receiver && !m->receiver->op && (m->step == 3 || m->carried);
     for (const netchan__session *s = h->sessions; s; s = s->next)
         if (s->round_trip / 1000 > stats.round_trip_us) stats.round_trip_us = s->round_trip / 1000;
     return stats;
+}
+
+/* ---- Peers with a pair of channels of their own. ----
+ *
+ * Each session of a listener can be received from link->accept, in the order in which they began. One at a time stands
+ * in that channel; who takes it takes the peer out of link->send and link->recv. */
+
+static void netchan__dequeue_session(netchan__session *s) {
+    netchan__hub *h = s->hub;
+    if (!s->is_new) return;
+    if (s->prev_new) s->prev_new->next_new = s->next_new;
+    else h->first_new = s->next_new;
+    if (s->next_new) s->next_new->prev_new = s->prev_new;
+    else h->last_new = s->prev_new;
+    s->is_new = false;
+}
+
+static void netchan__enqueue_session(netchan__session *s) {
+    netchan__hub *h = s->hub;
+    s->is_new = true;
+    s->prev_new = h->last_new;
+    if (h->last_new) h->last_new->next_new = s;
+    else h->first_new = s;
+    h->last_new = s;
+}
+
+static netchan *netchan__make_link_channel(size_t capacity, bool sends);
+
+static bool netchan__make_own_channels(netchan__session *s) {
+    if (s->own_send) return true;
+    s->own_send = netchan__make_link_channel(s->hub->options.buffer, true);
+    s->own_recv = netchan__make_link_channel(0, false);
+    if (s->own_send && s->own_recv) {
+        s->own_recv->is_merge = true; /* of one lane, or none */
+        s->own_recv->lanes = NULL;
+        return true;
+    }
+    netchan_free(s->own_send);
+    netchan_free(s->own_recv);
+    s->own_send = s->own_recv = NULL;
+    return false;
+}
+
+/* Puts the next peer into link->accept when the last was taken. */
+static void netchan__show_next(netchan__hub *h) {
+    netchan__session *s = h->first_new;
+    netchan__lane *lane = s ? &h->link.accept->lane : NULL;
+    if (!s || h->shut || lane->count || lane->out) return;
+    if (!netchan__lane_room(lane) || !netchan__make_own_channels(s)) return;
+    netchan_entry entries[5] = {{"peer", netchan_uint(s->peer.number)},
+                                {"identity", netchan_str(s->identity_text)},
+                                {"address", netchan_str(s->address)},
+                                {"send", netchan_sender(s->own_send)},
+                                {"recv", netchan_receiver(s->own_recv)}};
+    netchan_value map = netchan_map(entries, 5), shown;
+    if (netchan_copy(&shown, &map) != NETCHAN_OK) return;
+    netchan__dequeue_session(s);
+    s->is_shown = true;
+    netchan__lane_push(lane, &shown, 0, 0, 0);
+    netchan__lane_changed(lane);
+}
+
+/* What is being negotiated for this lane goes with it to another channel. */
+static void netchan__move_lane(netchan__lane *lane, netchan *to) {
+    netchan *from = lane->ch;
+    size_t cap = lane->cap, pinned = lane->pinned;
+    lane->cap = lane->pinned = 1; /* out of the list of those that are ready */
+    netchan__update_ready(lane);
+    NETCHAN__UNLINK(from->lanes, lane, prev, next);
+    NETCHAN__LINK(to->lanes, lane, prev, next);
+    netchan__match *next;
+    for (netchan__match *m = from->matches; m; m = next) {
+        next = m->next;
+        if (m->lane != lane) continue;
+        NETCHAN__UNLINK(from->matches, m, prev, next);
+        NETCHAN__LINK(to->matches, m, prev, next);
+        m->ch = to;
+    }
+    lane->ch = to;
+    lane->cap = cap;
+    lane->pinned = pinned;
+    netchan__update_ready(lane);
+    netchan__lane_changed(lane);
+}
+
+/* The peer gets its own pair of channels: what it sends, and what waits for it, from now on and from before. */
+static void netchan__take_aside(netchan__session *s) {
+    netchan__peer *p = &s->peer;
+    netchan__hub *h = s->hub;
+    if (!p->work || p->work != h->link.send) return;
+    for (size_t i = 0; i < p->waiters.cap; i++) {
+        netchan__waiter *w = p->waiters.slots[i].key ? (netchan__waiter *)p->waiters.slots[i].item : NULL;
+        if (!w || (w->is_send ? w->lane != p->lane || !w->lane : w->ch != h->link.send)) continue;
+        w->ch = w->is_send ? s->own_recv : s->own_send;
+        if (w->is_send || !w->queue) continue;
+        netchan__dequeue(w);
+        netchan__enqueue(&s->own_send->receivers, w, false);
+    }
+    p->work = s->own_send;
+    if (p->direct) netchan__move_lane(p->direct, s->own_send);
+    if (p->lane) netchan__move_lane(p->lane, s->own_recv);
+    else s->own_recv->closing = true;
+    if (h->link.send->closing) netchan__close(s->own_send);
+    netchan__mark_dirty(s->own_send);
+    netchan__mark_dirty(s->own_recv);
+}
+
+/* netchan.on_taken of link->accept */
+static void netchan__on_accepted(netchan *ch, const netchan_value *v) {
+    uint64_t number = netchan_as_uint(netchan_get(v, "peer"), 0);
+    netchan__peer *p = (netchan__peer *)netchan__map_get(&netchan__net.by_number, number);
+    (void)ch;
+    if (p) netchan__take_aside(netchan__session_of(p));
+    netchan__look(); /* the next is shown */
+}
+
+/* The session is over: its own channels lead nowhere. Returns how many values were in them that are lost. */
+static size_t netchan__end_own_channels(netchan__session *s, bool drained) {
+    netchan *send = s->own_send, *recv = s->own_recv;
+    netchan__lane *shown = s->is_shown ? &s->hub->link.accept->lane : NULL;
+    size_t count = 0;
+    netchan__dequeue_session(s);
+    if (!send) return 0;
+    if (shown && shown->count &&
+        netchan_as_uint(netchan_get(&shown->slots[shown->first].value, "peer"), 0) == s->peer.number) {
+        netchan__slot slot = netchan__lane_pop(shown); /* nobody has taken it */
+        netchan_clear(&slot.value);
+        netchan__lane_changed(shown);
+        netchan__look();
+    }
+    count = send->lane.count;
+    while (send->lane.count) {
+        netchan__slot slot = netchan__lane_pop(&send->lane);
+        netchan_clear(&slot.value);
+    }
+    send->gone = true;
+    if (drained) send->closing = send->lane.closing = recv->closing = true;
+    else recv->senders_lost = true;
+    netchan__end_senders(&send->lane, drained ? NETCHAN_ECLOSED : NETCHAN_ELOST);
+    netchan__mark_dirty(recv);
+    netchan_free(send);
+    netchan_free(recv);
+    return count;
+}
+
+/* ---- Names: channels that the other side of a link can ask for. ---- */
+
+/* A name that stands. It counts as an end: whoever waits on the channel waits for those who will come. */
+struct netchan__name {
+    netchan__name *next;
+    netchan *ch; /* counted */
+    bool receives;
+    char *text;
+};
+
+/* A peer waits for a name. */
+struct netchan__asked {
+    netchan__asked *next;
+    netchan__session *session;
+    uint64_t number;
+    bool receives;
+    char *text;
+};
+
+/* This process waits for a name: one call of netchan_import(). */
+struct netchan__wanted {
+    netchan__wanted *next;
+    const char *text;
+    bool receives, is_try, over;
+    uint64_t number;
+    size_t unanswered;
+    int result;
+    netchan *end;
+};
+
+enum { NETCHAN__FOUND, NETCHAN__NO_SUCH_NAME, NETCHAN__OTHER_DIRECTION }; /* IMPORTED */
+enum { NETCHAN__NAME_MAX = 255 };
+
+static netchan__name *netchan__find_name(const netchan__hub *h, const char *text, size_t size) {
+    netchan__name *n = h->names;
+    while (n && (strlen(n->text) != size || memcmp(n->text, text, size))) n = n->next;
+    return n;
+}
+
+/* Answers IMPORT. */
+static void netchan__answer_import(netchan__session *s, uint64_t number, netchan__name *n, bool receives) {
+    uint8_t end[NETCHAN__END_SIZE];
+    netchan__frame f = netchan__new_frame(NETCHAN__IMPORTED);
+    bool full = s->peer.exports.count >= s->peer.their_ends;
+    bool fits = n && n->receives == receives && !full;
+    netchan__export *x = fits ? netchan__export_to(&s->peer, n->ch, receives, n) : NULL;
+    f.number = number;
+    f.flags = x ? NETCHAN__FOUND : n && n->receives != receives ? NETCHAN__OTHER_DIRECTION : NETCHAN__NO_SUCH_NAME;
+    if (x) netchan__name_export(x, end);
+    f.bytes = end;
+    f.count = x ? sizeof end : 0;
+    s->peer.emit(&s->peer, &f);
+}
+
+static char *netchan__copy_text(const void *text, size_t size) {
+    char *copy = (char *)netchan__alloc(size + 1);
+    if (copy) memcpy(copy, text, size);
+    return copy;
+}
+
+static void netchan__on_import(netchan__session *s, netchan__frame *f) {
+    netchan__hub *h = s->hub;
+    bool receives = f->flags & NETCHAN__END_RECEIVER;
+    if (!f->count || f->count > NETCHAN__NAME_MAX || memchr(f->bytes, 0, f->count)) {
+        netchan__breach(&s->peer, "it asked for a name that is none");
+        return;
+    }
+    if (s->peer.leaving) return;
+    netchan__name *n = netchan__find_name(h, (const char *)f->bytes, f->count);
+    if (n || f->flags & NETCHAN__TRY) {
+        netchan__answer_import(s, f->number, n, receives);
+        return;
+    }
+    netchan__asked *a = s->asks < s->peer.max_ops ? (netchan__asked *)netchan__alloc(sizeof *a) : NULL;
+    if (a) a->text = netchan__copy_text(f->bytes, f->count);
+    if (!a || !a->text) {
+        NETCHAN_FREE(a);
+        netchan__breach(&s->peer, "it asked for more names than max_ops, or memory is short");
+        return;
+    }
+    a->session = s;
+    a->number = f->number;
+    a->receives = receives;
+    a->next = h->asked;
+    h->asked = a;
+    s->asks++;
+}
+
+/* Forgets the questions of a session, or, if number is not 0, that one. */
+static void netchan__forget_asked(netchan__session *s, uint64_t number) {
+    for (netchan__asked **at = &s->hub->asked, *a = *at; a; a = *at) {
+        if (a->session != s || (number && a->number != number)) {
+            at = &a->next;
+            continue;
+        }
+        *at = a->next;
+        s->asks--;
+        NETCHAN_FREE(a->text);
+        NETCHAN_FREE(a);
+    }
+}
+
+static void netchan__ask(netchan__session *s, netchan__wanted *w) {
+    netchan__frame f = netchan__new_frame(NETCHAN__IMPORT);
+    f.number = w->number;
+    f.flags = netchan__flag(w->receives, NETCHAN__END_RECEIVER) | netchan__flag(w->is_try, NETCHAN__TRY);
+    f.bytes = (const uint8_t *)w->text;
+    f.count = strlen(w->text);
+    w->unanswered++;
+    s->peer.emit(&s->peer, &f);
+}
+
+static void netchan__on_imported(netchan__session *s, netchan__frame *f) {
+    netchan__names names = netchan__names_of(&s->peer);
+    netchan__wanted *w = s->hub->wanted;
+    bool found = f->flags == NETCHAN__FOUND;
+    if (found != (f->count == NETCHAN__END_SIZE) || f->flags > NETCHAN__OTHER_DIRECTION ||
+        (found && f->bytes[0] & NETCHAN__YOURS)) {
+        netchan__breach(&s->peer, "it answered for a name with no end");
+        return;
+    }
+    netchan *end = found ? netchan__find_end(&names.ends, f->bytes) : NULL;
+    while (w && w->number != f->number) w = w->next;
+    if (w && end && !w->end && end->may_receive == w->receives) {
+        w->end = end;
+        w->over = true;
+        return;
+    }
+    netchan_free(end); /* it is not wanted any more */
+    if (!w || w->over || !w->unanswered) return;
+    w->unanswered--;
+    if (f->flags == NETCHAN__OTHER_DIRECTION) w->result = NETCHAN_ETYPE;
+    if (!w->unanswered && (w->is_try || w->result == NETCHAN_ETYPE)) w->over = true;
+}
+
+static void netchan__on_naming(netchan__session *s, netchan__frame *f) {
+    if (f->type == NETCHAN__IMPORT) netchan__on_import(s, f);
+    else if (f->type == NETCHAN__IMPORTED) netchan__on_imported(s, f);
+    else if (f->number) netchan__forget_asked(s, f->number);
+}
+
+/* A session has begun, or its link is broken: who waits for a name asks, or does not wait for that. */
+static void netchan__ask_all(netchan__session *s) {
+    for (netchan__wanted *w = s->hub->wanted; w; w = w->next)
+        if (!w->is_try && !w->over) netchan__ask(s, w);
+}
+
+static void netchan__end_asking(netchan__hub *h) {
+    for (netchan__wanted *w = h->wanted; w; w = w->next)
+        if (w->is_try) w->over = true;
+}
+
+/* text: a name that does not stand yet. Returns OK or ENOMEM. */
+static int netchan__add_name(netchan__hub *h, const char *text, netchan *ch, bool receives) {
+    netchan__name *n = (netchan__name *)netchan__alloc(sizeof *n);
+    if (n) n->text = netchan__copy_text(text, strlen(text));
+    if (!n || !n->text) {
+        NETCHAN_FREE(n);
+        return netchan__fail_memory("netchan_export");
+    }
+    netchan__adopt(ch);
+    n->ch = netchan_retain(ch);
+    n->receives = receives;
+    n->next = h->names;
+    h->names = n;
+    *(receives ? &ch->receiver_ends : &ch->sender_ends) += 1;
+    *(receives ? &ch->receivers_lost : &ch->senders_lost) = false;
+    for (netchan__asked **at = &h->asked, *a = *at; a; a = *at) {
+        if (strcmp(a->text, text)) {
+            at = &a->next;
+            continue;
+        }
+        *at = a->next;
+        a->session->asks--;
+        netchan__answer_import(a->session, a->number, n, a->receives);
+        NETCHAN_FREE(a->text);
+        NETCHAN_FREE(a);
+    }
+    return NETCHAN_OK;
+}
+
+static void netchan__remove_name(netchan__hub *h, netchan__name *n) {
+    netchan__name **at = &h->names;
+    while (*at != n) at = &(*at)->next;
+    *at = n->next;
+    for (netchan__session *s = h->sessions; s; s = s->next) {
+        uint64_t key = (uint64_t)(uintptr_t)n | n->receives;
+        netchan__export *x = (netchan__export *)netchan__map_get(&s->peer.exported, key);
+        if (x) netchan__revoke(x);
+    }
+    *(n->receives ? &n->ch->receiver_ends : &n->ch->sender_ends) -= 1;
+    netchan__mark_dirty(n->ch);
+    netchan_free(n->ch);
+    NETCHAN_FREE(n->text);
+    NETCHAN_FREE(n);
 }
 
 /* ---- Sessions begin and end. ---- */
@@ -4792,7 +6414,12 @@ static netchan__session *netchan__make_session(netchan__wire *w, const uint8_t *
     netchan__peer *p = &s->peer;
     p->emit = netchan__session_emit;
     p->number = ++netchan__net.last_peer;
+    if (!netchan__map_put(&netchan__net.by_number, p->number, p)) {
+        NETCHAN_FREE(s);
+        return NULL;
+    }
     p->max_ops = h->options.max_ops;
+    p->max_ends = h->options.max_ends;
     p->max_message = h->options.max_message;
     p->max_memory = h->options.max_memory;
     p->no_redelivery = h->options.no_redelivery;
@@ -4803,6 +6430,7 @@ static netchan__session *netchan__make_session(netchan__wire *w, const uint8_t *
     memcpy(s->id, fresh, sizeof s->id);
     memcpy(s->secret, fresh + sizeof s->id, sizeof s->secret);
     memcpy(s->identity, w->identity, sizeof s->identity);
+    memcpy(s->identity_text, w->identity_text, sizeof s->identity_text);
     NETCHAN__LINK(h->sessions, s, prev, next);
     h->peers++;
     NETCHAN__LINK(netchan__net.peers, p, prev_peer, next_peer);
@@ -4838,9 +6466,16 @@ static void netchan__end_session(netchan__session *s, const char *reason) {
         w->flush = true;
         netchan__wire_fail(w, why);
     }
-    h->orphans += p->lane != NULL;
+    bool merged = p->lane && p->lane->ch == h->link.recv;
+    h->orphans += merged;
+    if (p->lane && !merged) p->lane->hub = NULL; /* it stays with its channel */
     netchan__unlink_session(s);
+    netchan__forget_asked(s, 0);
+    netchan__end_asking(h);
+    size_t undelivered = netchan__end_direct(p);
     netchan__session_lost(s);
+    undelivered += netchan__end_own_channels(s, drained);
+    h->undelivered += undelivered;
     h->unknown += p->unknown;
     h->unreceived += drained ? 0 : p->handed_back;
     h->stats.lost += !drained;
@@ -4848,6 +6483,7 @@ static void netchan__end_session(netchan__session *s, const char *reason) {
     netchan__add(&n, "taken", netchan_uint(p->taken));
     netchan__add(&n, "returned", netchan_uint(p->returned));
     netchan__add(&n, "unknown", netchan_uint(p->unknown));
+    netchan__add(&n, "undelivered", netchan_uint(undelivered));
     netchan__event(h, n);
     netchan__log(h, drained ? 2 : 1, "%s: %s %s: %s", h->link.address, drained ? "done with" : "lost", s->address, why);
     netchan__session_free(s);
@@ -4920,6 +6556,7 @@ static void netchan__wire_down(netchan__wire *w, uint64_t now, const char *reaso
     s->refused = false;
     s->down_since = s->checked = now;
     netchan__peer_down(&s->peer);
+    netchan__end_asking(h);
     netchan__event(h, netchan__begin_event("down", s->peer.number, s->address, reason));
     netchan__log(h, 1, "%s: the link with %s broke: %s", h->link.address, s->address, reason);
 }
@@ -4957,6 +6594,7 @@ static void netchan__emit_hello(netchan__wire *w, uint64_t capacity) {
     at = netchan__varint_put(at + sizeof netchan__net.process, o->max_message);
     at = netchan__varint_put(at, o->max_memory);
     at = netchan__varint_put(at, o->max_ops);
+    at = netchan__varint_put(at, o->max_ends);
     at = netchan__varint_put(at, (uint64_t)o->ping_ms);
     at = netchan__varint_put(at, capacity);
     if (!w->hub->dials) {
@@ -5060,6 +6698,7 @@ static void netchan__on_hello(netchan__wire *w, netchan__reader *r) {
     const uint8_t *process = netchan__read_bytes(r, 16);
     uint64_t max_message = netchan__read_varint(r), max_memory = netchan__read_varint(r);
     netchan__read_varint(r); /* max_ops: a caller that exceeds it is told by the breach */
+    uint64_t max_ends = netchan__read_varint(r);
     netchan__read_varint(r); /* ping_ms: each side looks after itself */
     size_t capacity = netchan__clamp(netchan__read_varint(r));
     const uint8_t *fresh = h->dials ? netchan__read_bytes(r, sizeof w->fresh) : NULL;
@@ -5077,6 +6716,7 @@ static void netchan__on_hello(netchan__wire *w, netchan__reader *r) {
     memcpy(s->peer.process, process, sizeof s->peer.process);
     s->peer.their_message = netchan__clamp(max_message);
     s->peer.their_memory = netchan__clamp(max_memory);
+    s->peer.their_ends = netchan__clamp(max_ends);
     if (!h->dials) netchan__emit_hello(w, capacity);
     w->generation = 0; /* it may have asked for another session before */
     netchan__attach(s, w, 0);
@@ -5085,7 +6725,11 @@ static void netchan__on_hello(netchan__wire *w, netchan__reader *r) {
     h->was_up = true;
     netchan__news n = netchan__begin_event("up", s->peer.number, w->address, NULL);
     netchan__add(&n, "listening", netchan_bool(!h->dials));
+    netchan__add(&n, "identity", netchan_str(s->identity_text));
     netchan__event(h, n);
+    netchan__ask_all(s);
+    if (!h->dials) netchan__enqueue_session(s);
+    netchan__show_next(h);
     netchan__log(h, 2, "%s: connected with %s", h->link.address, w->address);
 }
 
@@ -5184,6 +6828,7 @@ static int netchan__fill_options(netchan_options *o) {
     o->max_message = netchan__or(o->max_message, (size_t)128 << 20);
     o->max_memory = netchan__or(o->max_memory, 2 * o->max_message);
     o->max_ops = netchan__or(o->max_ops, 65536);
+    o->max_ends = netchan__or(o->max_ends, 65536);
     o->max_peers = netchan__or(o->max_peers, 10000);
     o->connect_ms = netchan__or_int(o->connect_ms, 10000);
     o->resume_ms = netchan__or_int(o->resume_ms, 30000);
@@ -5219,11 +6864,14 @@ static int netchan__hub_make(netchan__hub *h, const netchan_options *options, bo
     link->send = netchan__make_link_channel(h->options.buffer, true);
     link->recv = netchan__make_link_channel(0, false);
     link->events = netchan__make_link_channel(NETCHAN__EVENTS_MAX, false);
-    if (!link->send || !link->recv || !link->events) return NETCHAN_ENOMEM;
+    link->accept = dials ? NULL : netchan__make_link_channel(1, false);
+    if (!link->send || !link->recv || !link->events || (!dials && !link->accept)) return NETCHAN_ENOMEM;
     if (dials) {
         link->send->is_end = link->recv->is_end = true;
+        link->send->credited = link->recv->credited = true;
         link->recv->channel = 1;
     } else {
+        link->accept->on_taken = netchan__on_accepted;
         link->recv->is_merge = true;
         link->recv->lanes = NULL;
     }
@@ -5234,6 +6882,7 @@ static void netchan__hub_free(netchan__hub *h) {
     netchan_free(h->link.send);
     netchan_free(h->link.recv);
     netchan_free(h->link.events);
+    netchan_free(h->link.accept);
     netchan__map_free(&h->by_id);
 }
 
@@ -5263,6 +6912,7 @@ static uint64_t netchan__check_resume(netchan__session *s, uint64_t now) {
 static uint64_t netchan__hub_tick(netchan__hub *h, uint64_t now) {
     uint64_t next = UINT64_MAX;
     netchan__session *following;
+    netchan__show_next(h);
     for (netchan__session *s = h->sessions; s; s = following) {
         following = s->next;
         uint64_t at = UINT64_MAX;
@@ -5277,20 +6927,32 @@ static uint64_t netchan__hub_tick(netchan__hub *h, uint64_t now) {
 static void netchan__shut(netchan *ch) {
     if (!ch->closing) ch->close_sent = true; /* the farewell says it */
     ch->closing = ch->closed = ch->lane.closing = true;
-    netchan__end_waiters(&ch->lane.senders);
-    netchan__end_waiters(&ch->receivers);
+    netchan__end_waiters(&ch->lane.senders, NETCHAN_ECLOSED);
+    netchan__end_waiters(&ch->receivers, NETCHAN_ECLOSED);
 }
 
 /* Nothing new begins on the link's channels; what its peers have in our buffers goes back to them. */
 static void netchan__shut_link(netchan__hub *h) {
-    for (netchan__session *s = h->dials ? NULL : h->sessions; s; s = s->next) netchan__leave(&s->peer);
+    h->shut = true;
     netchan__shut(h->link.send);
     netchan__shut(h->link.recv);
-    for (netchan__lane *lane = h->dials ? NULL : h->link.recv->lanes; lane; lane = lane->next) {
-        lane->returning = true;
-        netchan__lane_changed(lane);
+    if (h->link.accept) netchan__shut(h->link.accept);
+    for (netchan__session *s = h->sessions; s; s = s->next) {
+        netchan__leave(&s->peer);
+        if (s->own_send) netchan__shut(s->own_send);
+        if (s->peer.direct) netchan__end_waiters(&s->peer.direct->senders, NETCHAN_ECLOSED);
+        if (!s->peer.lane) continue;
+        s->peer.lane->returning = true;
+        netchan__lane_changed(s->peer.lane);
     }
-    h->shut = true;
+}
+
+/* Listening: are there values in our buffers for peers that can still come for them? */
+static bool netchan__has_values(const netchan__hub *h) {
+    if (h->link.send->lane.count || h->link.send->matches) return true;
+    for (const netchan__session *s = h->sessions; s; s = s->next)
+        if ((s->peer.direct && s->peer.direct->count) || (s->own_send && !netchan__is_empty(s->own_send))) return true;
+    return false;
 }
 
 /* Whether all that was sent on the link is known to have arrived; says farewell to the other sides on the way. */
@@ -5299,10 +6961,10 @@ static bool netchan__drained(netchan__hub *h) {
     netchan__session *s = h->session;
     if (h->dials && !s) return send->detached == 0;
     if (h->dials) {
-        if (!send->detached && !s->parcels) netchan__emit_bye(s, false);
+        if (!send->detached && !s->parcels && netchan__is_quiet(&s->peer)) netchan__emit_bye(s, false);
         return false; /* the session ends with the answer */
     }
-    if (!h->shut && (send->lane.count || send->matches)) return false;
+    if (!h->shut && netchan__has_values(h)) return false;
     if (!h->shut) netchan__shut_link(h);
     for (s = h->sessions; s; s = s->next)
         if (netchan__is_quiet(&s->peer)) netchan__emit_bye(s, !s->bye_received);
@@ -5316,8 +6978,9 @@ static void netchan__hub_stop(netchan__hub *h) {
 
 /* After netchan__hub_stop(): empties the channels and counts what was not delivered. */
 static netchan_report netchan__hub_close(netchan__hub *h) {
-    netchan_report r = {0, 0, h->unreceived};
+    netchan_report r = {h->undelivered, 0, h->unreceived};
     netchan *send = h->link.send;
+    while (h->names) netchan__remove_name(h, h->names);
     netchan__shut(send); /* what waited for the fate of a value */
     h->link.events->closing = h->link.events->lane.closing = true; /* who retained it reads what is in it */
     netchan__finish_close(h->link.events);
@@ -5993,6 +7656,7 @@ static void netchan__io_unlock(void) {
     netchan__net.wake = false; /* this is the thread that would be woken */
     pthread_mutex_unlock(&netchan__net_lock);
     netchan__wake_finished();
+    netchan__bury_rest();
 }
 
 /* Writes the log without locks. Caller holds netchan__net_lock, which is given back and taken again. */
@@ -6140,6 +7804,8 @@ static void netchan__start_wire(netchan__conn *c, uint64_t now) {
     c->state = NETCHAN__SPEAKING;
     memcpy(w->binding, c->stream.binding, sizeof w->binding);
     memcpy(w->identity, c->stream.seen, sizeof w->identity);
+    if (c->stream.has_seen) netchan__print_fingerprint(c->stream.seen, w->identity_text);
+    else if (c->stream.tls->has_psk) snprintf(w->identity_text, sizeof w->identity_text, "shared_key");
     netchan__wire_start(w, &c->endpoint->hub, now);
 }
 
@@ -6494,6 +8160,8 @@ static void netchan__io_stop(void) {
     netchan__wake_io();
     netchan__unlock_one(&netchan__net_lock);
     pthread_join(netchan__io.thread, NULL);
+    pthread_mutex_lock(&netchan__net_lock);
+    netchan__unlock_one(&netchan__net_lock); /* buries what was left */
     close(netchan__io.wake_read);
     close(netchan__net.wake_fd);
     NETCHAN_FREE(netchan__io.polls);
@@ -6503,6 +8171,8 @@ static void netchan__io_stop(void) {
     netchan__io.poll_room = 0;
     netchan__map_free(&netchan__net.waiters);
     netchan__map_free(&netchan__net.matches);
+    netchan__map_free(&netchan__net.relays);
+    netchan__map_free(&netchan__net.by_number);
 }
 
 /* ====================================================================================================================
@@ -6574,8 +8244,8 @@ static void netchan__stop_endpoint(netchan__endpoint *e) {
     netchan__wake_io();
     netchan__unlock_one(&netchan__net_lock);
     pthread_mutex_lock(&netchan__net_lock);
-    while (!e->gone) pthread_cond_wait(&e->changed, &netchan__net_lock);
-    pthread_mutex_unlock(&netchan__net_lock);
+    while (!e->gone) netchan__wait_net(&e->changed, UINT64_MAX);
+    netchan__unlock_one(&netchan__net_lock);
     pthread_mutex_lock(&netchan__control_lock);
     netchan__io_stop();
     pthread_mutex_unlock(&netchan__control_lock);
@@ -6602,7 +8272,7 @@ static int netchan__wait_up(netchan__endpoint *e) {
     bool in_time = true;
     pthread_mutex_lock(&netchan__net_lock);
     while (!e->hub.was_up && !e->failure && in_time)
-        in_time = netchan__cond_wait(&e->changed, &netchan__net_lock, deadline);
+        in_time = netchan__wait_net(&e->changed, deadline);
     int result = e->hub.was_up ? NETCHAN_OK : e->failure ? e->failure : NETCHAN_ETIMEDOUT;
     if (e->failure && !e->hub.was_up)
         netchan__fail(result, "netchan_dial(\"%.200s\"): %.290s", e->address, e->failure_text);
@@ -6633,12 +8303,7 @@ NETCHANDEF netchan_link *netchan_dial(const char *address, const netchan_options
 /* Waits until everything is delivered or the time is up. */
 static void netchan__drain(netchan__endpoint *e, uint64_t deadline) {
     bool in_time = true;
-    while (!netchan__drained(&e->hub) && in_time) {
-        if (netchan__net.wake) { /* the farewells want to leave */
-            netchan__unlock_one(&netchan__net_lock);
-            pthread_mutex_lock(&netchan__net_lock);
-        } else in_time = netchan__cond_wait(&e->changed, &netchan__net_lock, deadline);
-    }
+    while (!netchan__drained(&e->hub) && in_time) in_time = netchan__wait_net(&e->changed, deadline);
 }
 
 NETCHANDEF int netchan_hangup(netchan_link *link, netchan_report *report) {
@@ -6667,10 +8332,220 @@ NETCHANDEF int netchan_hangup(netchan_link *link, netchan_report *report) {
                : NETCHAN_OK;
 }
 
+/* ---- One peer, all peers. ---- */
+
+static netchan__hub *netchan__hub_of(netchan_link *link) { return (netchan__hub *)(void *)link; }
+
+/* The session of this link with the peer, or NULL. Caller holds netchan__net_lock. */
+static netchan__session *netchan__find_peer(netchan__hub *h, uint64_t number) {
+    netchan__peer *p = (netchan__peer *)netchan__map_get(&netchan__net.by_number, number);
+    return p && netchan__session_of(p)->hub == h ? netchan__session_of(p) : NULL;
+}
+
+NETCHANDEF int netchan_sendto(netchan_link *link, netchan_peer peer, netchan_value v, int timeout_ms) {
+    netchan__hub *h = netchan__hub_of(link);
+    if (!link) return netchan__fail(NETCHAN_EINVAL, "netchan_sendto: the link is NULL");
+    pthread_mutex_lock(&netchan__net_lock);
+    bool found = netchan__find_peer(h, peer.id) != NULL;
+    pthread_mutex_unlock(&netchan__net_lock);
+    if (!found)
+        return netchan__fail(NETCHAN_ENOPEER, "netchan_sendto: %s has no peer %llu; it is gone, or of another link",
+                             link->address, (unsigned long long)peer.id);
+    netchan_case c = netchan_case_send(link->send, v);
+    return netchan__operate_one(&c, h->dials ? 0 : peer.id, timeout_ms);
+}
+
+/* One send of a broadcast. */
+typedef struct netchan__cast {
+    netchan__op op;
+    netchan__waiter waiter;
+} netchan__cast;
+
+static int netchan__prepare_cast(netchan__cast *cast, netchan *ch, uint64_t to, netchan_value v, int timeout_ms) {
+    netchan_case c = netchan_case_send(ch, v);
+    netchan__op *op = &cast->op;
+    netchan__waiter *w = &cast->waiter;
+    int result = netchan__prepare(w, &c);
+    if (result != NETCHAN_OK) return result;
+    pthread_mutex_init(&op->mutex, NULL);
+    netchan__cond_init(&op->cond);
+    op->net = true;
+    op->count = 1;
+    op->waiters = w;
+    op->id = w->op_id = __atomic_add_fetch(&netchan__op_count, 1, __ATOMIC_RELAXED);
+    w->op = op;
+    w->to = to;
+    w->firm = timeout_ms < 0;
+    w->is_try = timeout_ms == 0;
+    return NETCHAN_OK;
+}
+
+/* Waits for the end of one send. */
+static int netchan__finish_cast(netchan__cast *cast, uint64_t deadline) {
+    netchan__op *op = &cast->op;
+    if (!netchan__sleep(op, deadline)) {
+        pthread_mutex_lock(&netchan__net_lock);
+        netchan__expire(op);
+        netchan__unlock_one(&netchan__net_lock);
+        netchan__sleep(op, UINT64_MAX);
+    }
+    pthread_cond_destroy(&op->cond);
+    pthread_mutex_destroy(&op->mutex);
+    netchan_clear(&cast->waiter.value);
+    return op->result;
+}
+
+/* The numbers of all peers. Returns NULL when out of memory. */
+static uint64_t *netchan__all_peers(const netchan__hub *h, size_t *count) {
+    uint64_t *numbers;
+    pthread_mutex_lock(&netchan__net_lock);
+    numbers = (uint64_t *)netchan__alloc(h->peers * sizeof *numbers);
+    *count = 0;
+    for (const netchan__session *s = numbers ? h->sessions : NULL; s; s = s->next)
+        numbers[(*count)++] = s->peer.number;
+    pthread_mutex_unlock(&netchan__net_lock);
+    return numbers;
+}
+
+/* Begins all sends under one lock. Returns how many were made; fewer than count when one cannot be: see *result. */
+static size_t netchan__begin_casts(netchan__hub *h, netchan__cast *casts, const uint64_t *numbers, size_t count,
+                                   netchan_case *c, int timeout_ms, int *result) {
+    size_t made = 0;
+    for (*result = NETCHAN_OK; made < count && *result == NETCHAN_OK; made += *result == NETCHAN_OK)
+        *result = netchan__prepare_cast(&casts[made], h->link.send, numbers[made], c->value, timeout_ms);
+    pthread_mutex_lock(&netchan__net_lock);
+    for (size_t i = 0; i < made; i++) {
+        netchan__op *op = &casts[i].op;
+        if (*result != NETCHAN_OK) netchan__finish(op, NULL, *result);
+        else netchan__begin(op);
+        if (timeout_ms == 0 && netchan__state(op) == NETCHAN__OPEN) netchan__expire(op);
+    }
+    netchan__unlock_one(&netchan__net_lock);
+    return made;
+}
+
+NETCHANDEF int netchan_broadcast(netchan_link *link, netchan_value v, size_t *reached, int timeout_ms) {
+    netchan__hub *h = netchan__hub_of(link);
+    size_t count, took = 0;
+    if (reached) *reached = 0;
+    if (!link) return netchan__fail(NETCHAN_EINVAL, "netchan_broadcast: the link is NULL");
+    if (h->dials) {
+        int sent = netchan_send(link->send, v, timeout_ms);
+        if (reached) *reached = sent == NETCHAN_OK;
+        return sent;
+    }
+    uint64_t deadline = netchan__deadline(timeout_ms > 0 ? timeout_ms : NETCHAN_FOREVER);
+    uint64_t *numbers = netchan__all_peers(h, &count);
+    netchan__cast *casts = (netchan__cast *)netchan__alloc(count * sizeof *casts);
+    netchan_case c = netchan_case_send(link->send, v);
+    int result = NETCHAN_ENOMEM;
+    size_t made = 0;
+    if (numbers && casts) made = netchan__begin_casts(h, casts, numbers, count, &c, timeout_ms, &result);
+    else netchan__fail_memory("netchan_broadcast");
+    for (size_t i = 0; i < made; i++) {
+        int one = netchan__finish_cast(&casts[i], deadline);
+        took += one == NETCHAN_OK;
+        if (one == NETCHAN_OK || one == NETCHAN_ENOPEER || result != NETCHAN_OK) continue;
+        result = netchan__note(one, netchan_strerror(one));
+    }
+    NETCHAN_FREE(numbers);
+    NETCHAN_FREE(casts);
+    if (reached) *reached = took;
+    return result;
+}
+
+/* ---- Names. ---- */
+
+/* Checks what the three functions below have in common. */
+static int netchan__check_name(const char *function, netchan_link *link, const char *name, int end) {
+    if (!link) return netchan__fail(NETCHAN_EINVAL, "%s: the link is NULL", function);
+    if (!name || !*name || strlen(name) > NETCHAN__NAME_MAX)
+        return netchan__fail(NETCHAN_EINVAL, "%s: a name has 1 to %d bytes", function, NETCHAN__NAME_MAX);
+    if (end != NETCHAN_SENDER && end != NETCHAN_RECEIVER)
+        return netchan__fail(NETCHAN_EINVAL, "%s(\"%s\"): say NETCHAN_SENDER or NETCHAN_RECEIVER", function, name);
+    return NETCHAN_OK;
+}
+
+NETCHANDEF int netchan_export(netchan_link *link, const char *name, netchan *ch, enum netchan_type end) {
+    int result = netchan__check_name("netchan_export", link, name, (int)end);
+    if (result != NETCHAN_OK) return result;
+    bool receives = end == NETCHAN_RECEIVER;
+    if (!ch || !(receives ? ch->may_receive : ch->may_send))
+        return netchan__fail(NETCHAN_EINVAL, "netchan_export(\"%s\"): %s", name,
+                             !ch        ? "the channel is NULL"
+                             : receives ? "nobody may receive from this channel here"
+                                        : "nobody may send into this channel here");
+    netchan__hub *h = netchan__hub_of(link);
+    pthread_mutex_lock(&netchan__net_lock);
+    if (netchan__find_name(h, name, strlen(name)))
+        result = netchan__fail(NETCHAN_EINVAL, "netchan_export(\"%s\"): the name is taken; unexport it first", name);
+    else result = netchan__add_name(h, name, ch, receives);
+    netchan__unlock_one(&netchan__net_lock);
+    return result;
+}
+
+NETCHANDEF int netchan_unexport(netchan_link *link, const char *name) {
+    int result = netchan__check_name("netchan_unexport", link, name, NETCHAN_SENDER);
+    if (result != NETCHAN_OK) return result;
+    netchan__hub *h = netchan__hub_of(link);
+    pthread_mutex_lock(&netchan__net_lock);
+    netchan__name *n = netchan__find_name(h, name, strlen(name));
+    if (n) netchan__remove_name(h, n);
+    else result = netchan__fail(NETCHAN_EINVAL, "netchan_unexport(\"%s\"): there is no such name", name);
+    netchan__unlock_one(&netchan__net_lock);
+    return result;
+}
+
+/* Asks and waits. Caller holds netchan__net_lock. */
+static void netchan__await_import(netchan__endpoint *e, netchan__wanted *w, uint64_t deadline) {
+    netchan__hub *h = &e->hub;
+    w->number = ++h->last_wanted;
+    w->next = h->wanted;
+    h->wanted = w;
+    for (netchan__session *s = h->sessions; s; s = s->next)
+        if (!(w->is_try && s->peer.down) && !s->peer.leaving) netchan__ask(s, w);
+    bool in_time = !w->is_try || w->unanswered;
+    while (!w->over && in_time && !h->hanging_up) in_time = netchan__wait_net(&e->changed, deadline);
+    netchan__wanted **at = &h->wanted;
+    while (*at != w) at = &(*at)->next;
+    *at = w->next;
+    for (netchan__session *s = w->is_try || !w->unanswered ? NULL : h->sessions; s; s = s->next)
+        netchan__emit_ids(&s->peer, NETCHAN__FORGET, 0, 0, 0, w->number, 0);
+}
+
+NETCHANDEF int netchan_import(netchan_link *link, const char *name, enum netchan_type end, netchan **ch,
+                              int timeout_ms) {
+    netchan__wanted w;
+    if (ch) *ch = NULL;
+    int result = netchan__check_name("netchan_import", link, name, (int)end);
+    if (result != NETCHAN_OK) return result;
+    if (!ch) return netchan__fail(NETCHAN_EINVAL, "netchan_import(\"%s\"): the place for the channel is NULL", name);
+    memset(&w, 0, sizeof w);
+    w.text = name;
+    w.receives = end == NETCHAN_RECEIVER;
+    w.is_try = timeout_ms == 0;
+    w.result = NETCHAN_ETIMEDOUT;
+    netchan__endpoint *e = (netchan__endpoint *)(void *)link;
+    pthread_mutex_lock(&netchan__net_lock);
+    netchan__await_import(e, &w, netchan__deadline(w.is_try ? NETCHAN_FOREVER : timeout_ms));
+    bool hung_up = e->hub.hanging_up;
+    netchan__unlock_one(&netchan__net_lock);
+    *ch = w.end;
+    if (w.end) return NETCHAN_OK;
+    if (w.result == NETCHAN_ETYPE)
+        return netchan__fail(NETCHAN_ETYPE, "netchan_import(\"%s\"): it is exported, but not as a %s", name,
+                             w.receives ? "receiver" : "sender");
+    if (hung_up)
+        return netchan__fail(NETCHAN_ECLOSED, "netchan_import(\"%s\"): the link is being hung up", name);
+    return netchan__fail(NETCHAN_ETIMEDOUT, "netchan_import(\"%s\"): %s", name,
+                         w.is_try ? "the other side of the link exports no such name now"
+                                  : "the other side of the link did not export it in time");
+}
+
 NETCHANDEF int netchan_get_stats(netchan_link *link, netchan_stats *stats) {
     if (!link || !stats) return netchan__fail(NETCHAN_EINVAL, "netchan_get_stats: the link or the place is NULL");
     pthread_mutex_lock(&netchan__net_lock);
-    *stats = netchan__hub_stats((netchan__hub *)(void *)link);
+    *stats = netchan__hub_stats(netchan__hub_of(link));
     pthread_mutex_unlock(&netchan__net_lock);
     return NETCHAN_OK;
 }
@@ -6685,7 +8560,7 @@ NETCHANDEF int netchan_get_stats(netchan_link *link, netchan_stats *stats) {
  * REVISION HISTORY
  *
  *   0.1.0  Values, local channels, select; links over TLS 1.3 with shared_key, pin or insecure; work queue and merge;
- *          sessions that survive their links.
+ *          sessions that survive their links; channels in messages, names, peers with channels of their own.
  *
  * LICENCE
  *

@@ -1228,19 +1228,30 @@ static void test_too_large_for_one_of_them(void) {
     }
 }
 
-static void test_channels_stay_here(void) {
+/* Nobody can give away what he has not got: a sender end of what is only for receives, or the other way round. */
+static void test_ends_in_the_wrong_direction(void) {
     pair p = join(0, 2);
-    netchan *ch = netchan_make(0);
-    netchan_value items[2];
-    items[0] = netchan_int(1);
-    items[1] = netchan_receiver(ch);
+    netchan *ch = netchan_make(1);
     for (int i = 0; i < 2; i++) {
         way w = way_of(&p, i);
-        netchan_case c = netchan_case_send(w.send, netchan_sender(ch));
-        CHECK_INT(netchan_send(w.send, netchan_sender(ch), LONG), NETCHAN_ETYPE);
-        CHECK_INT(netchan_send(w.send, netchan_array(items, 2), NETCHAN_NOWAIT), NETCHAN_ETYPE);
-        check_says(netchan_errmsg(), "channel");
-        CHECK_INT(netchan_select(&c, 1, LONG), NETCHAN_ETYPE);
+        netchan_value wrong[2] = {netchan_sender(w.recv), netchan_receiver(w.send)}, items[2], v;
+        netchan_entry entry = {"end", netchan_nil()};
+        for (int k = 0; k < 2; k++) {
+            entry.value = wrong[k];
+            items[0] = netchan_int(1);
+            items[1] = netchan_map(&entry, 1);
+            netchan_case c = netchan_case_send(w.send, wrong[k]);
+            CHECK_INT(netchan_send(w.send, wrong[k], LONG), NETCHAN_EINVAL);
+            CHECK_INT(netchan_send(w.send, netchan_array(items, 2), NETCHAN_NOWAIT), NETCHAN_EINVAL);
+            check_says(netchan_errmsg(), "wrong direction");
+            check_says(netchan_errmsg(), k ? "receiver end" : "sender end");
+            CHECK_INT(netchan_select(&c, 1, LONG), NETCHAN_EINVAL);
+            CHECK_INT(netchan_send(ch, wrong[k], NETCHAN_NOWAIT), NETCHAN_EINVAL); /* nor here */
+        }
+        CHECK_INT(netchan_send(ch, netchan_sender(w.send), NETCHAN_NOWAIT), NETCHAN_OK);
+        CHECK_INT(netchan_recv(ch, &v, NETCHAN_NOWAIT), NETCHAN_OK);
+        CHECK(netchan_as_chan(&v) == w.send);
+        netchan_clear(&v);
         exchange(w.send, w.recv, i);
     }
     netchan_free(ch);
@@ -2482,7 +2493,7 @@ int main(int argc, char **argv) {
         TEST(large_values_do_not_block_small_ones),
         TEST(too_large_for_the_other_side),
         TEST(too_large_for_one_of_them),
-        TEST(channels_stay_here),
+        TEST(ends_in_the_wrong_direction),
         TEST(directions),
         TEST(dialler_closes),
         TEST(dialler_closes_while_sends_wait),

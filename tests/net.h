@@ -648,4 +648,33 @@ static inline void flow_end(flow *f) {
     free(f->received);
 }
 
+/* --- channels in values -------------------------------------------------------------------------------------------- */
+
+/* Receives a value that is an end, which is to be freed. */
+static inline netchan *recv_end(netchan *ch) {
+    netchan_value v;
+    CHECK_INT(netchan_recv(ch, &v, LONG), NETCHAN_OK);
+    netchan *end = netchan_retain(netchan_as_chan(&v));
+    CHECK(end);
+    netchan_clear(&v);
+    return end;
+}
+
+/* Sends an end this way. Returns what the other side has then, to be freed. */
+static inline netchan *pass_end(way w, netchan_value end) {
+    task t;
+    start_send(&t, w.send, end, LONG);
+    netchan *got = recv_end(w.recv);
+    CHECK_INT(end_task(&t), NETCHAN_OK);
+    return got;
+}
+
+/* Waits until no more than so many blocks are held: what was let go of here is freed by the library's thread, and after
+ * the other side was told. */
+static inline void wait_for_blocks(long most) {
+    long long end = test_ms() + LONG;
+    for (; alloc_blocks() > most; sched_yield())
+        if (test_ms() > end) test_fail(__FILE__, __LINE__, "%ld blocks are held, not %ld", alloc_blocks(), most);
+}
+
 #endif

@@ -238,6 +238,11 @@ static void free_world(world *w) {
     CHECK(!netchan__net.pending && !netchan__net.peers);
     netchan__map_free(&netchan__net.waiters);
     netchan__map_free(&netchan__net.matches);
+    CHECK_INT(netchan__net.relays.count, 0);
+    CHECK_INT(netchan__net.by_number.count, 0);
+    CHECK(!netchan__dead);
+    netchan__map_free(&netchan__net.relays);
+    netchan__map_free(&netchan__net.by_number);
     CHECK_INT(alloc_blocks(), 0);
 }
 
@@ -613,7 +618,7 @@ static void make_bare(bare *b) {
 static void test_frames_round_trip(void) {
     uint64_t seed = 3;
     for (int round = 0; round < 40000 / LESS; round++) {
-        unsigned type = (unsigned)(test_random(&seed) % 0x28);
+        unsigned type = (unsigned)(test_random(&seed) % 0x30);
         const char *fields = netchan__frame_fields(type);
         if (!fields) continue;
         static bare b;
@@ -628,6 +633,7 @@ static void test_frames_round_trip(void) {
             uint64_t *field = netchan__frame_field(&f, *c);
             if (field) *field = test_random(&seed) >> test_random(&seed) % 48;
         }
+        for (size_t i = 0; i < sizeof f.process; i++) f.process[i] = (uint8_t)test_random(&seed);
         if (strchr(fields, 's')) f.size = 0;
         if (strchr(fields, 'v')) {
             f.has_value = type == NETCHAN__DATA || test_random(&seed) % 2;
@@ -644,8 +650,10 @@ static void test_frames_round_trip(void) {
         CHECK_INT(length, netchan__left(&r));
         CHECK_INT(*r.p++, type);
         CHECK(netchan__read_frame(s, &back, &r));
-        for (const char *c = fields; *c && netchan__frame_field(&f, *c); c++)
-            CHECK(*netchan__frame_field(&f, *c) == *netchan__frame_field(&back, *c));
+        for (const char *c = fields; *c; c++)
+            CHECK(!netchan__frame_field(&f, *c) ||
+                  *netchan__frame_field(&f, *c) == *netchan__frame_field(&back, *c));
+        if (strchr(fields, 'p') && f.flags & NETCHAN__RELAYED) CHECK(memcmp(f.process, back.process, 16) == 0);
         CHECK_INT(back.has_value, f.has_value);
         if (f.has_value) {
             CHECK_INT(netchan_count(&back.value), netchan_count(&f.value));
@@ -676,7 +684,7 @@ static void test_output_is_cut_between_frames(void) {
         for (size_t i = 0; i < count; i++) {
             netchan__frame f;
             memset(&f, 0, sizeof f);
-            f.type = NETCHAN__FRAGMENT_OF;
+            f.type = NETCHAN__FRAGMENT_UP;
             f.match = test_random(&seed) % 2 ? i : UINT64_MAX;
             f.bytes = bytes;
             f.count = sizes[i] = test_random(&seed) % (test_random(&seed) % 4 ? 100 : sizeof bytes + 1);
@@ -689,7 +697,7 @@ static void test_output_is_cut_between_frames(void) {
             while (netchan__left(&r)) {
                 size_t length = (size_t)netchan__read_varint(&r);
                 const uint8_t *body = netchan__read_bytes(&r, length);
-                CHECK(body && *body == NETCHAN__FRAGMENT_OF && next < count);
+                CHECK(body && *body == NETCHAN__FRAGMENT_UP && next < count);
                 netchan__reader field = {body + 1, body + length, false};
                 netchan__read_varint(&field);
                 CHECK_INT(netchan__left(&field), sizes[next++]);
@@ -746,18 +754,21 @@ static void test_golden_greetings(void) {
     d.max_message = 300;
     d.max_memory = 20000;
     d.max_ops = 7;
+    d.max_ends = 129;
     d.ping_ms = 1000;
     l.max_message = 301;
     l.max_memory = 1000;
     l.max_ops = 8;
+    l.max_ends = 3;
     l.ping_ms = 2;
     make_world_with(&w, &d, &l);
     ship(&w, &w.d);
     uint8_t hello[] = {
-        34,   0x01, 'n',  'e',  't',  'c', 'h',  'a',  'n', 1, /* LENGTH, type, magic, version */
+        36,   0x01, 'n',  'e',  't',  'c', 'h',  'a',  'n', 1, /* LENGTH, type, magic, version */
         7,    7,    7,    7,    7,    7,   7,    7,            /* process id */
         7,    7,    7,    7,    7,    7,   7,    7,            /* */
-        0xac, 0x02, 0xa0, 0x9c, 0x01, 7,   0xe8, 0x07, 5,      /* limits, ping_ms, capacity */
+        0xac, 0x02, 0xa0, 0x9c, 0x01, 7,                       /* max_message, max_memory, max_ops */
+        0x81, 0x01, 0xe8, 0x07, 5,                             /* max_ends, ping_ms, capacity */
     };
     check_bytes(&w, &w.l, hello, sizeof hello);
     for (int i = 0; i < 16; i++) w.newest->wire[LISTENER].fresh[i] = (uint8_t)(0x41 + i);
@@ -767,7 +778,7 @@ static void test_golden_greetings(void) {
     answer.size = 0;
     put_bytes(&answer, hello, 26);
     answer.data[0] = 24 + 8 + 48 + 1;
-    put_bytes(&answer, "\xad\x02\xe8\x07\x08\x02\x05", 7); /* limits, ping_ms, capacity */
+    put_bytes(&answer, "\xad\x02\xe8\x07\x08\x03\x02\x05", 8); /* limits, ping_ms, capacity */
     for (unsigned i = 0; i < 16; i++) put_byte(&answer, 0x41 + i); /* session id */
     for (unsigned i = 16; i < 48; i++) put_byte(&answer, 0x80 + i); /* secret */
     answer.data[0] = (uint8_t)(answer.size - 1);
@@ -775,8 +786,8 @@ static void test_golden_greetings(void) {
     ship(&w, &w.l);
     check_bytes(&w, &w.d, answer.data, answer.size);
     arrive(&w, &w.d, SIZE_MAX);
-    CHECK(memcmp(session(&w.d)->id, answer.data + 33, 16) == 0 && memcmp(session(&w.l)->id, answer.data + 33, 16) == 0);
-    CHECK(memcmp(session(&w.d)->secret, answer.data + 49, 32) == 0);
+    CHECK(memcmp(session(&w.d)->id, answer.data + 34, 16) == 0 && memcmp(session(&w.l)->id, answer.data + 34, 16) == 0);
+    CHECK(memcmp(session(&w.d)->secret, answer.data + 50, 32) == 0);
     flow(&w);
     free_world(&w);
 }
@@ -965,7 +976,7 @@ static void test_fragments_take_turns(void) {
             size_t n = list_frames(p->data + p->end - size, size, types, ids, 64);
             for (size_t i = 0; i < n; i++) {
                 if (types[i] == NETCHAN__ACK) continue;
-                if (types[i] != NETCHAN__FRAGMENT_OF) {
+                if (types[i] != (unsigned)(d ? NETCHAN__FRAGMENT_DOWN : NETCHAN__FRAGMENT_UP)) {
                     small_seen = true;
                     continue;
                 }
@@ -1139,7 +1150,6 @@ typedef struct lie {
 
 #define CUT_OFF "cut off"
 #define TWICE "does not exist, or twice"
-#define DIRECTION "only the other side"
 #define FEW(...) sizeof((uint64_t[]){__VA_ARGS__}) / sizeof(uint64_t), {__VA_ARGS__}
 
 /* What is wrong with what came over the newest link; why NULL: nothing. */
@@ -1203,7 +1213,7 @@ static const char deep[] = "\x88\x02\x01"; /* an array of one, again and again *
 
 static void test_lies_to_the_listener(void) {
     static const lie lies[] = {
-        {"greeted twice", NETCHAN__HELLO, 0, {0}, "netchan\1................\1\1\1\1\1", 29},
+        {"greeted twice", NETCHAN__HELLO, 0, {0}, "netchan\1................\1\1\1\1\1\1", 30},
         {"greeted twice", NETCHAN__RESUME, 0, {0}, "................\7\0................................", 50},
         {"greeted twice", NETCHAN__RESUMED, 0, {0}, "\0................................", 33},
         {"never sent", NETCHAN__ACK, FEW(1), NULL, 0},
@@ -1212,11 +1222,18 @@ static void test_lies_to_the_listener(void) {
         {CUT_OFF, NETCHAN__ACK, 0, {0}, NULL, 0},
         {CUT_OFF, NETCHAN__BYE, 0, {0}, NULL, 0},
         {CUT_OFF, NETCHAN__OFFER, FEW(0, 1), NULL, 0},
-        {CUT_OFF, NETCHAN__DEMAND, FEW(1, 1, 1), NULL, 0},
+        {CUT_OFF, NETCHAN__OFFER, FEW(0, 1, 1, 16, 1), NULL, 0}, /* no process */
+        {CUT_OFF, NETCHAN__DEMAND, FEW(1, 1, 1, 0), NULL, 0},
         {CUT_OFF, NETCHAN__PING, 0, {0}, NULL, 0},
         {CUT_OFF, NETCHAN__WITHDRAW, 0, {0}, NULL, 0},
         {CUT_OFF, NETCHAN__GRANT, FEW(1), "\x80", 1},
-        {CUT_OFF, NETCHAN__FRAGMENT_OF, 0, {0}, NULL, 0},
+        {CUT_OFF, NETCHAN__DECLINE, FEW(1), NULL, 0},
+        {CUT_OFF, NETCHAN__FRAGMENT_UP, 0, {0}, NULL, 0},
+        {CUT_OFF, NETCHAN__FRAGMENT_DOWN, 0, {0}, NULL, 0},
+        {CUT_OFF, NETCHAN__DROP, FEW(2, 1), NULL, 0},
+        {CUT_OFF, NETCHAN__IMPORT, FEW(1), NULL, 0},
+        {CUT_OFF, NETCHAN__IMPORTED, FEW(1), NULL, 0},
+        {CUT_OFF, NETCHAN__FORGET, 0, {0}, NULL, 0},
         {TWICE, NETCHAN__OFFER, FEW(1, 1, 1, 0, 1), NULL, 0},             /* on the channel that leads the other way */
         {TWICE, NETCHAN__OFFER, FEW(2, 1, 1, 0, 1), NULL, 0},             /* on no channel */
         {TWICE, NETCHAN__OFFER, FEW(0, 0, 1, 0, 1), NULL, 0},             /* entry 0 */
@@ -1227,24 +1244,41 @@ static void test_lies_to_the_listener(void) {
         {"malformed", NETCHAN__OFFER, FEW(0, 1, 1, 8, 2), "\5\5", 2},     /* more than a value */
         {"max_message", NETCHAN__OFFER, FEW(0, 1, 1, 0, 50001), NULL, 0},
         {"max_message", NETCHAN__OFFER, FEW(0, 1, 1, 0, UINT64_MAX), NULL, 0},
-        {TWICE, NETCHAN__DEMAND, FEW(0, 1, 1, 0), NULL, 0},
-        {TWICE, NETCHAN__DEMAND, FEW(1, 0, 1, 0), NULL, 0},
+        {TWICE, NETCHAN__DEMAND, FEW(0, 1, 1, 0, 0), NULL, 0},
+        {TWICE, NETCHAN__DEMAND, FEW(1, 0, 1, 0, 0), NULL, 0},
+        {TWICE, NETCHAN__DEMAND, FEW(2, 1, 1, 0, 0), NULL, 0},
         {NULL, NETCHAN__WITHDRAW, FEW(77), NULL, 0}, /* it may be over already */
         {"granted", NETCHAN__GRANT, FEW(77, 0), NULL, 0},
-        {"declined", NETCHAN__DECLINE, FEW(77), NULL, 0},
+        {"declined", NETCHAN__DECLINE, FEW(77, 0), NULL, 0},
         {"took", NETCHAN__TAKEN, FEW(77), NULL, 0},
-        {"fragment", NETCHAN__FRAGMENT_OF, FEW(77), "bytes", 5},
+        {"fragment", NETCHAN__FRAGMENT_UP, FEW(77), "bytes", 5},
+        {"fragment", NETCHAN__FRAGMENT_DOWN, FEW(77), "bytes", 5},
         {"credit", NETCHAN__DATA, FEW(0), "\5", 1},
         {"", NETCHAN__DATA, FEW(1), "\5", 1},
         {"closed", NETCHAN__CLOSE, FEW(1), NULL, 0},
-        {DIRECTION, NETCHAN__CLAIM, FEW(1, 1, 1, 1), "\5", 1},
-        {DIRECTION, NETCHAN__COMMIT, FEW(1, 1, 1, 1), "\5", 1},
-        {DIRECTION, NETCHAN__RELEASE, FEW(1, 1), NULL, 0},
-        {DIRECTION, NETCHAN__ACCEPT, FEW(1, 0), NULL, 0},
-        {DIRECTION, NETCHAN__WITHDRAWN, FEW(1), NULL, 0},
-        {DIRECTION, NETCHAN__CREDIT, FEW(0, 1, 0), NULL, 0},
-        {DIRECTION, NETCHAN__CLOSED, FEW(1), NULL, 0},
-        {DIRECTION, NETCHAN__RETURN, FEW(0, 1), "\5", 1},
+        {"closed", NETCHAN__CLOSE, FEW(2), NULL, 0},
+        {"dropped", NETCHAN__DROP, FEW(2, 1, 0), NULL, 0},
+        {"dropped", NETCHAN__DROP, FEW(0, 1, 0), NULL, 0}, /* a channel of the link is no end of a value */
+        {NULL, NETCHAN__CLAIM, FEW(1, 1, 1, 1), "\5", 1},   /* declined: it may be over already */
+        {"committed", NETCHAN__COMMIT, FEW(1, 1, 1, 1), "\5", 1},
+        {"released", NETCHAN__RELEASE, FEW(1, 1), NULL, 0},
+        {NULL, NETCHAN__ACCEPT, FEW(1, 0), NULL, 0},
+        {NULL, NETCHAN__WITHDRAWN, FEW(1), NULL, 0},
+        {"capacity", NETCHAN__CREDIT, FEW(0, 1, 0), NULL, 0},
+        {"closed", NETCHAN__CLOSED, FEW(1), NULL, 0},
+        {NULL, NETCHAN__CLOSED, FEW(2), NULL, 0}, /* it may have been dropped already, as in the next two */
+        {NULL, NETCHAN__CLOSING, FEW(2), NULL, 0},
+        {NULL, NETCHAN__GONE, FEW(2), NULL, 0},
+        {"returned", NETCHAN__RETURN, FEW(0, 1), "\5", 1},
+        {"name", NETCHAN__IMPORT, FEW(1, 0), "", 0},
+        {"name", NETCHAN__IMPORT, FEW(1, 0), "a\0b", 3},
+        {NULL, NETCHAN__IMPORT, FEW(1, 0), "a name", 6},
+        {NULL, NETCHAN__IMPORT, FEW(1, 2), "a name", 6},
+        {NULL, NETCHAN__FORGET, FEW(77), NULL, 0},
+        {NULL, NETCHAN__FORGET, FEW(0), NULL, 0},
+        {NULL, NETCHAN__IMPORTED, FEW(77, 1), NULL, 0}, /* it may not be wanted any more */
+        {"answered", NETCHAN__IMPORTED, FEW(77, 0), NULL, 0},
+        {"answered", NETCHAN__IMPORTED, FEW(77, 3), NULL, 0},
         {NULL, 0x7f, FEW(1, 2, 3), "what a later version may say", 28},
         {NULL, 0x00, 0, {0}, NULL, 0},
         {NULL, 0xff, 0, {0}, NULL, 0},
@@ -1260,14 +1294,16 @@ static void test_lies_to_the_listener(void) {
 
 static void test_lies_to_the_dialler(void) {
     static const lie lies[] = {
-        {DIRECTION, NETCHAN__OFFER, FEW(0, 1, 1, 0, 1), NULL, 0},
-        {DIRECTION, NETCHAN__DEMAND, FEW(1, 1, 1, 0), NULL, 0},
-        {DIRECTION, NETCHAN__WITHDRAW, FEW(1), NULL, 0},
-        {DIRECTION, NETCHAN__GRANT, FEW(1, 0), NULL, 0},
-        {DIRECTION, NETCHAN__DECLINE, FEW(1), NULL, 0},
-        {DIRECTION, NETCHAN__TAKEN, FEW(1), NULL, 0},
-        {DIRECTION, NETCHAN__DATA, FEW(0), "\5", 1},
-        {DIRECTION, NETCHAN__CLOSE, FEW(0), NULL, 0},
+        {TWICE, NETCHAN__OFFER, FEW(0, 1, 1, 0, 1), NULL, 0}, /* the channels of the link have their home at the listener */
+        {TWICE, NETCHAN__OFFER, FEW(1, 1, 1, 0, 1), NULL, 0},
+        {TWICE, NETCHAN__DEMAND, FEW(1, 1, 1, 0, 0), NULL, 0},
+        {TWICE, NETCHAN__DEMAND, FEW(2, 1, 1, 0, 0), NULL, 0},
+        {NULL, NETCHAN__WITHDRAW, FEW(1), NULL, 0},
+        {"granted", NETCHAN__GRANT, FEW(1, 0), NULL, 0},
+        {"declined", NETCHAN__DECLINE, FEW(1, 0), NULL, 0},
+        {"took", NETCHAN__TAKEN, FEW(1), NULL, 0},
+        {"credit", NETCHAN__DATA, FEW(0), "\5", 1},
+        {"closed", NETCHAN__CLOSE, FEW(0), NULL, 0},
         {NULL, NETCHAN__CLAIM, FEW(77, 1, 1, 1), "\5", 1}, /* declined: it may be over already */
         {"committed", NETCHAN__COMMIT, FEW(77, 1, 1, 1), "\5", 1},
         {"released", NETCHAN__RELEASE, FEW(77, 1), NULL, 0},
@@ -1278,7 +1314,8 @@ static void test_lies_to_the_dialler(void) {
         {"capacity", NETCHAN__CREDIT, FEW(0, UINT64_MAX, 0), NULL, 0},
         {"", NETCHAN__CREDIT, FEW(0, 0, 1), NULL, 0}, /* nothing was sent that could have left the buffer */
         {"closed", NETCHAN__CLOSED, FEW(0), NULL, 0},
-        {"fragment", NETCHAN__FRAGMENT_OF, FEW(77), "bytes", 5},
+        {"fragment", NETCHAN__FRAGMENT_DOWN, FEW(77), "bytes", 5},
+        {"fragment", NETCHAN__FRAGMENT_UP, FEW(77), "bytes", 5},
         {CUT_OFF, NETCHAN__CLAIM, FEW(77, 1), NULL, 0},
         {"never sent", NETCHAN__ACK, FEW(1), NULL, 0},
         {"greeted twice", NETCHAN__RESUMED, 0, {0}, "\0................................", 33},
@@ -1342,7 +1379,7 @@ static void test_unknown_frames_are_counted(void) {
     for (int i = 0; i < 2; i++) {
         side *x = i ? &w.l : &w.d;
         lock();
-        CHECK(netchan__buf_append(&session(x)->out, "\4\176abc\2\31\5", 8));
+        CHECK(netchan__buf_append(&session(x)->out, "\4\176abc\2\37\5", 8));
         session(x)->queued += 2;
         unlock();
     }
@@ -1360,7 +1397,7 @@ static void test_unknown_frames_are_counted(void) {
 
 /* The first frame is a greeting, whole and of this version. What follows its fields is skipped. */
 static void test_lies_in_the_greeting(void) {
-    static const char good[] = "netchan\1................\x7f\x7f\x7f\x7f\0";
+    static const char good[] = "netchan\1................\x7f\x7f\x7f\x7f\x7f\0";
     for (int i = 0; i < 12; i++) {
         world w;
         make_world(&w, 0, 0);
@@ -1396,7 +1433,7 @@ static void test_lies_in_the_greeting(void) {
 
 /* What the dialler must not believe before it was greeted. */
 static void test_lies_to_who_waits_for_a_greeting(void) {
-    static const char hello[] = "netchan\1................\x7f\x7f\x7f\x7f\0"
+    static const char hello[] = "netchan\1................\x7f\x7f\x7f\x7f\x7f\0"
                                 "................................................";
     for (int i = 0; i < 9; i++) {
         world w;
@@ -1463,8 +1500,8 @@ static void test_lies_about_what_waits(void) {
             put_frame(&lies, NETCHAN__CLAIM, (uint64_t[]){receive, 5, 1, 20000}, 4, NULL, 0);
             put_frame(&lies, NETCHAN__COMMIT, (uint64_t[]){receive, 5, 1, 20000}, 4, NULL, 0);
             static const uint8_t bytes[10001];
-            put_frame(&lies, NETCHAN__FRAGMENT_OF, &receive, 1, bytes, 10000);
-            put_frame(&lies, NETCHAN__FRAGMENT_OF, &receive, 1, bytes, 10001), why = "fragments";
+            put_frame(&lies, NETCHAN__FRAGMENT_DOWN, &receive, 1, bytes, 10000);
+            put_frame(&lies, NETCHAN__FRAGMENT_DOWN, &receive, 1, bytes, 10001), why = "fragments";
         }
         uint64_t match = 0;
         if (!at_dialler) { /* the listener claims: a large OFFER makes a match */
@@ -1472,7 +1509,7 @@ static void test_lies_about_what_waits(void) {
             offer.size = 0;
             if (i < 15)
                 put_frame(&offer, NETCHAN__OFFER, (uint64_t[]){0, 900, 900, 0, i == 14 ? 5 : 20000}, 5, NULL, 0);
-            else put_frame(&offer, NETCHAN__DEMAND, (uint64_t[]){1, 900, 900, 1}, 4, NULL, 0);
+            else put_frame(&offer, NETCHAN__DEMAND, (uint64_t[]){1, 900, 900, 1, 0}, 5, NULL, 0);
             forge(&w, &w.l, &offer);
             check_no_breach(&w.l);
             match = netchan__net.last_id;
@@ -1483,15 +1520,15 @@ static void test_lies_about_what_waits(void) {
         if (i == 11) put_frame(&lies, NETCHAN__GRANT, (uint64_t[]){match, 19999}, 2, NULL, 0), why = "granted";
         if (i == 12) { /* as many bytes as announced, which are no value */
             put_frame(&lies, NETCHAN__GRANT, (uint64_t[]){match, 20000}, 2, NULL, 0);
-            for (int n = 0; n < 2; n++) put_frame(&lies, NETCHAN__FRAGMENT_OF, &match, 1, bytes, 10000);
+            for (int n = 0; n < 2; n++) put_frame(&lies, NETCHAN__FRAGMENT_UP, &match, 1, bytes, 10000);
             why = "decoded";
         }
         if (i == 13) {
             put_frame(&lies, NETCHAN__GRANT, (uint64_t[]){match, 20000}, 2, NULL, 0);
-            put_frame(&lies, NETCHAN__FRAGMENT_OF, &match, 1, bytes, 10000);
-            put_frame(&lies, NETCHAN__FRAGMENT_OF, &match, 1, bytes, 10001), why = "fragments";
+            put_frame(&lies, NETCHAN__FRAGMENT_UP, &match, 1, bytes, 10000);
+            put_frame(&lies, NETCHAN__FRAGMENT_UP, &match, 1, bytes, 10001), why = "fragments";
         }
-        if (i == 14) put_frame(&lies, NETCHAN__FRAGMENT_OF, &match, 1, bytes, 5), why = "fragment";
+        if (i == 14) put_frame(&lies, NETCHAN__FRAGMENT_UP, &match, 1, bytes, 5), why = "fragment";
         if (i == 15) put_frame(&lies, NETCHAN__GRANT, (uint64_t[]){match, 1}, 2, "\5", 1), why = "granted";
         side *x = at_dialler ? &w.d : &w.l;
         char name[32];
@@ -2781,7 +2818,7 @@ static void test_who_never_acknowledges(void) {
     for (; count < COUNT && !breach(&w.l); count++) { /* he asks for values all the time */
         text t;
         t.size = 0;
-        put_frame(&t, NETCHAN__DEMAND, (uint64_t[]){1, count + 1, count + 1, 4}, 4, NULL, 0);
+        put_frame(&t, NETCHAN__DEMAND, (uint64_t[]){1, count + 1, count + 1, 4, 0}, 5, NULL, 0);
         forge(&w, &w.l, &t);
         begin_send(&s[count], w.l.h.link.send, netchan_bytes(bytes, SIZE), NETCHAN_FOREVER);
         for (size_t size; (size = ship_from(w.newest, LISTENER)) > 0;) given += size;

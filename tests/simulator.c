@@ -850,13 +850,13 @@ static void cut(side *x, bool eof) {
 
 static const char *frame_name(unsigned type) {
     static const char *const first[] = {"HELLO", "PING", "PONG", "BYE", "ACK", "RESUME", "RESUMED", "REFUSED"};
-    static const char *const from_dialler[] = {"OFFER", "DEMAND", "WITHDRAW", "GRANT", "DECLINE", "TAKEN", "DATA",
-        "CLOSE", "FRAGMENT"};
+    static const char *const to_home[] = {"OFFER", "DEMAND", "WITHDRAW", "GRANT", "DECLINE", "TAKEN", "DATA",
+        "CLOSE", "FRAGMENT", "DROP", "IMPORT", "FORGET"};
     static const char *const from_home[] = {"CLAIM", "COMMIT", "RELEASE", "ACCEPT", "WITHDRAWN", "CREDIT", "CLOSED",
-        "RETURN"};
+        "RETURN", "FRAGMENT", "CLOSING", "GONE", "IMPORTED"};
     if (type >= NETCHAN__HELLO && type <= NETCHAN__REFUSED) return first[type - NETCHAN__HELLO];
-    if (type >= NETCHAN__OFFER && type <= NETCHAN__FRAGMENT_OF) return from_dialler[type - NETCHAN__OFFER];
-    if (type >= NETCHAN__CLAIM && type <= NETCHAN__RETURN) return from_home[type - NETCHAN__CLAIM];
+    if (type >= NETCHAN__OFFER && type <= NETCHAN__FORGET) return to_home[type - NETCHAN__OFFER];
+    if (type >= NETCHAN__CLAIM && type <= NETCHAN__IMPORTED) return from_home[type - NETCHAN__CLAIM];
     return "a frame";
 }
 
@@ -877,8 +877,13 @@ static void note_left(const uint8_t *data, size_t size) {
         netchan__reader body = {r.p + 1, r.p + length, false};
         const char *fields = netchan__frame_fields(*r.p);
         r.p += length;
-        for (; fields && *fields && *fields != 'v' && *fields != 'b'; fields++) ignored = netchan__read_varint(&body);
-        (void)ignored;
+        uint64_t flags = 0;
+        for (; fields && *fields && *fields != 'v' && *fields != 'b'; fields++) {
+            if (*fields == 'p' && flags & NETCHAN__RELAYED) netchan__read_bytes(&body, 16);
+            if (*fields == 'p') continue;
+            ignored = netchan__read_varint(&body);
+            if (*fields == 'f') flags = ignored;
+        }
         if (fields && *fields == 'v' && netchan__left(&body)) peek(body)->left = true;
     }
 }
@@ -893,8 +898,14 @@ static void trace_record(const side *x, const uint8_t *data, size_t size) {
         const char *fields = netchan__frame_fields(*r.p);
         if (!fields && *r.p >= NETCHAN__PING && *r.p <= NETCHAN__RESUMED) fields = *r.p == NETCHAN__RESUME ? "fn" : "n";
         if (*r.p == NETCHAN__RESUME) netchan__read_bytes(&body, 16);
-        for (; fields && *fields && *fields != 'v' && *fields != 'b'; fields++)
-            n += snprintf(text + n, sizeof text - (size_t)n, " %c %llu", *fields, (ull)netchan__read_varint(&body));
+        uint64_t flags = 0;
+        for (; fields && *fields && *fields != 'v' && *fields != 'b'; fields++) {
+            if (*fields == 'p' && flags & NETCHAN__RELAYED) netchan__read_bytes(&body, 16);
+            if (*fields == 'p') continue;
+            uint64_t number = netchan__read_varint(&body);
+            if (*fields == 'f') flags = number;
+            n += snprintf(text + n, sizeof text - (size_t)n, " %c %llu", *fields, (ull)number);
+        }
         if (netchan__left(&body)) snprintf(text + n, sizeof text - (size_t)n, ", %zu bytes", netchan__left(&body));
         trace("%s", text);
         r.p += length;
@@ -1619,7 +1630,8 @@ static void check_node(size_t n) {
     }
     for (size_t i = 0; i < world.port_count; i++)
         if (world.ports[i].open && world.ports[i].node == n) check_port(&world.ports[i]);
-    if (netchan__net.released || netchan__net.declined || netchan__net.dirty || netchan__net.changed)
+    if (netchan__net.released || netchan__net.declined || netchan__net.dirty || netchan__net.changed ||
+        netchan__net.urgent || netchan__dead)
         broken("something is not settled");
 }
 
@@ -2196,6 +2208,10 @@ static void tear_down(void) {
         if (netchan__net.peers || netchan__net.pending) broken("sessions are left");
         netchan__map_free(&netchan__net.waiters);
         netchan__map_free(&netchan__net.matches);
+        if (netchan__net.relays.count || netchan__net.by_number.count) broken("relays or peers are left");
+        netchan__map_free(&netchan__net.relays);
+        netchan__map_free(&netchan__net.by_number);
+        if (netchan__dead) broken("a channel was not buried");
         if (head->next != head) broken("a block of %zu bytes was not freed", head->next->size);
     }
 }

@@ -28,10 +28,10 @@ static const char OTHER_KEY[] = "0a9b8c7d6e5f4a3b2c1d0e9f8a7b6c5d4e3f2a1b0c9d8e7
 
 enum {
     HELLO = 0x01, PING, PONG, BYE, ACK, RESUME, RESUMED, REFUSED,
-    OFFER = 0x10, DEMAND, WITHDRAW, GRANT, DECLINE, TAKEN, DATA, CLOSE, FRAGMENT,
-    CLAIM = 0x20, COMMIT, RELEASE, ACCEPT, WITHDRAWN, CREDIT, CLOSED, RETURN
+    OFFER = 0x10, DEMAND, WITHDRAW, GRANT, DECLINE, TAKEN, DATA, CLOSE, FRAGMENT_UP, DROP, IMPORT, FORGET,
+    CLAIM = 0x20, COMMIT, RELEASE, ACCEPT, WITHDRAWN, CREDIT, CLOSED, RETURN, FRAGMENT_DOWN, CLOSING, GONE, IMPORTED
 };
-enum { MULTI = 1, TRY = 2, FIRM = 4, HERE = 8 };
+enum { MULTI = 1, TRY = 2, FIRM = 4, HERE = 8, RELAYED_FLAG = 16 };
 enum { FINAL = 1, REDELIVERED = 2 };
 enum { PIECE = 16000 }; /* bytes of a value in one FRAGMENT */
 
@@ -74,13 +74,13 @@ static void put_frame(bytes *b, unsigned type, const uint64_t *numbers, size_t c
 
 typedef struct greeting {
     const char *magic;
-    uint64_t version, max_message, max_memory, max_ops, ping_ms, capacity;
+    uint64_t version, max_message, max_memory, max_ops, max_ends, ping_ms, capacity;
     unsigned process;            /* each byte of the process id */
     const uint8_t *id, *secret; /* only a listener's */
 } greeting;
 
 static greeting good_greeting(void) {
-    greeting g = {"netchan", 1, 1 << 20, 1 << 22, 100, 5000, 0, 0xee, NULL, NULL};
+    greeting g = {"netchan", 1, 1 << 20, 1 << 22, 100, 100, 5000, 0, 0xee, NULL, NULL};
     return g;
 }
 
@@ -93,6 +93,7 @@ static void put_greeting(bytes *b, const greeting *g) {
     put_number(&body, g->max_message);
     put_number(&body, g->max_memory);
     put_number(&body, g->max_ops);
+    put_number(&body, g->max_ends);
     put_number(&body, g->ping_ms);
     put_number(&body, g->capacity);
     if (g->id) put_bytes(&body, g->id, 16);
@@ -398,7 +399,7 @@ static uint64_t raw_greet(raw *r, const greeting *g) {
     f.at = 7;
     CHECK_INT(get_number(&f), 1);
     f.at += 16;
-    for (int i = 0; i < 4; i++) CHECK(get_number(&f) > 0);
+    for (int i = 0; i < 5; i++) CHECK(get_number(&f) > 0);
     uint64_t capacity = get_number(&f);
     CHECK(f.size - f.at >= 48);
     memcpy(r->id, f.body + f.at, 16);
@@ -721,7 +722,7 @@ static void test_lies_instead_of_a_greeting(void) {
         const char *reason = "greeting";
         b.size = 0;
         if (i == 0) PUT(&b, PING, 5);
-        if (i == 1) PUT(&b, DEMAND, 1, 1, 1, FIRM);
+        if (i == 1) PUT(&b, DEMAND, 1, 1, 1, FIRM, 0);
         if (i == 2) PUT(&b, BYE, 0);
         if (i == 3) PUT(&b, 0x70, 1, 2, 3);
         if (i == 4) g.magic = "metchan", put_greeting(&b, &g), reason = "version 1";
@@ -747,7 +748,7 @@ static void test_lies_after_the_greeting(void) {
     PUT(&b, ACK, UINT64_MAX), ATTACK("never sent");
     put_frame(&b, ACK, NULL, 0, NULL, 0), ATTACK("cut off");
     put_frame(&b, BYE, NULL, 0, NULL, 0), ATTACK("cut off");
-    PUT_VALUE(&b, RETURN, "\5", 0, 1), ATTACK("only the other side");
+    PUT_VALUE(&b, RETURN, "\5", 0, 1), ATTACK("returned");
     put_byte(&b, 0), ATTACK("empty or too long");
     PUT_TEXT(&b, "\200\200\1\377"), ATTACK("empty or too long");
     PUT_TEXT(&b, "\377\377\377\377\377\377\377\377\377\1\377"), ATTACK("empty or too long");
@@ -759,9 +760,9 @@ static void test_lies_after_the_greeting(void) {
     PUT_VALUE(&b, DATA, "\5", 7), ATTACK("");
     PUT(&b, OFFER, 1, 1, 1, 0, 1), ATTACK("does not exist");
     PUT(&b, OFFER, 9, 1, 1, 0, 1), ATTACK("does not exist");
-    PUT(&b, DEMAND, 0, 1, 1, 0), ATTACK("does not exist");
+    PUT(&b, DEMAND, 0, 1, 1, 0, 0), ATTACK("does not exist");
     PUT(&b, OFFER, 0, 1, 1, 0, 1), PUT(&b, OFFER, 0, 1, 2, 0, 1), ATTACK("twice");
-    PUT(&b, DEMAND, 1, 1, 1, MULTI), PUT(&b, OFFER, 0, 1, 1, MULTI, 1), ATTACK("twice");
+    PUT(&b, DEMAND, 1, 1, 1, MULTI, 0), PUT(&b, OFFER, 0, 1, 1, MULTI, 1), ATTACK("twice");
     PUT(&b, OFFER, 0, 1, 1, 0, UINT64_MAX), ATTACK("max_message");
     PUT_VALUE(&b, OFFER, "\5", 0, 1, 1, HERE, 5), ATTACK("malformed");
     PUT_VALUE(&b, OFFER, "\5\5", 0, 1, 1, HERE, 2), ATTACK("malformed");
@@ -771,18 +772,16 @@ static void test_lies_after_the_greeting(void) {
     PUT_VALUE(&b, OFFER, "\213\3abc", 0, 1, 1, HERE, 5), ATTACK("malformed");        /* half an i32 */
     PUT(&b, GRANT, 77, 0), ATTACK("granted");
     PUT_VALUE(&b, GRANT, "\5", 77, 1), ATTACK("granted");
-    PUT(&b, DECLINE, 77), ATTACK("declined");
+    PUT(&b, DECLINE, 77, 0), ATTACK("declined");
     PUT(&b, TAKEN, 77), ATTACK("took");
-    PUT_VALUE(&b, FRAGMENT, "bytes", 77), ATTACK("fragment");
+    PUT_VALUE(&b, FRAGMENT_UP, "bytes", 77), ATTACK("fragment");
+    PUT_VALUE(&b, FRAGMENT_DOWN, "bytes", 77), ATTACK("fragment");
     PUT(&b, CLOSE, 1), ATTACK("closed");
     PUT(&b, CLOSE, 0), PUT(&b, CLOSE, 0), ATTACK("closed");
-    PUT(&b, CREDIT, 0, 5, 0), ATTACK("only the other side");
-    PUT_VALUE(&b, CLAIM, "\5", 1, 1, 1, 1), ATTACK("only the other side");
-    PUT_VALUE(&b, COMMIT, "\5", 1, 1, 1, 1), ATTACK("only the other side");
-    PUT(&b, ACCEPT, 1, 0), ATTACK("only the other side");
-    PUT(&b, RELEASE, 1, 1), ATTACK("only the other side");
-    PUT(&b, WITHDRAWN, 1), ATTACK("only the other side");
-    PUT(&b, CLOSED, 1), ATTACK("only the other side");
+    PUT(&b, CREDIT, 0, 5, 0), ATTACK("capacity");
+    PUT_VALUE(&b, COMMIT, "\5", 1, 1, 1, 1), ATTACK("committed");
+    PUT(&b, RELEASE, 1, 1), ATTACK("released");
+    PUT(&b, CLOSED, 1), ATTACK("closed");
     close_room(&m);
 }
 
@@ -865,7 +864,7 @@ static void test_frames_that_never_end(void) {
 
 /* What this version does not know is skipped, and the session goes on. */
 static void test_the_unknown_is_skipped(void) {
-    static const unsigned types[] = {0x00, 0x09, 0x0f, 0x19, 0x1f, 0x28, 0x2f, 0x40, 0x7f, 0x80, 0xff};
+    static const unsigned types[] = {0x00, 0x09, 0x0f, 0x1c, 0x1f, 0x2c, 0x2f, 0x40, 0x7f, 0x80, 0xff};
     room m = open_room();
     raw *r = raw_enter(m.l->address);
     greeting g = good_greeting();
@@ -906,7 +905,7 @@ static void test_the_unknown_is_skipped(void) {
 static void test_a_boaster(void) {
     room m = open_room();
     greeting g = good_greeting();
-    g.max_message = g.max_memory = g.max_ops = g.ping_ms = g.capacity = UINT64_MAX;
+    g.max_message = g.max_memory = g.max_ops = g.max_ends = g.ping_ms = g.capacity = UINT64_MAX;
     raw *r = raw_enter(m.l->address);
     CHECK(raw_greet(r, &g) > 0);
     check_good(&m);
@@ -986,7 +985,7 @@ static void test_operations_are_bounded(void) {
     room m = open_room_with(&o);
     bytes b;
     b.size = 0;
-    for (uint64_t i = 1; i <= 6; i++) PUT(&b, DEMAND, 1, i, i, MULTI);
+    for (uint64_t i = 1; i <= 6; i++) PUT(&b, DEMAND, 1, i, i, MULTI, 0);
     attack(&m, true, 0, &b, "lost", "max_ops");
     close_room(&m);
 }
@@ -1052,12 +1051,13 @@ static void test_an_offer_that_is_not_kept(void) {
 /* The first two frames, byte by byte. */
 static void test_golden_bytes(void) {
     static const uint8_t hello[] = {
-        0x24, 0x01,                                     /* LENGTH 36, HELLO */
+        0x26, 0x01,                                     /* LENGTH 38, HELLO */
         'n',  'e',  't',  'c',  'h',  'a',  'n',  0x01, /* version 1 */
         0xa0, 0xa1, 0xa2, 0xa3, 0xa4, 0xa5, 0xa6, 0xa7, 0xa8, 0xa9, 0xaa, 0xab, 0xac, 0xad, 0xae, 0xaf, /* process id */
         0x80, 0x80, 0x40,                               /* max_message 1 MiB */
         0x80, 0x80, 0x80, 0x01,                         /* max_memory 2 MiB */
         0x64,                                           /* max_ops 100 */
+        0x90, 0x4e,                                     /* max_ends 10000 */
         0x88, 0x27,                                     /* ping_ms 5000 */
         0x00,                                           /* capacity 0 */
     };
@@ -1154,7 +1154,7 @@ static void test_offers(void) {
     start_recv(&t, m.l->recv, 1, LONG);
     EXPECT(r, &f, CLAIM, 5);
     match = get_number(&f);
-    PUT(&b, DECLINE, match);
+    PUT(&b, DECLINE, match, 0);
     raw_say(r, &b);
     CHECK_INT(netchan_send(m.good->send, netchan_str("hello"), LONG), NETCHAN_OK);
     check_hello(&t);
@@ -1198,12 +1198,12 @@ static void test_demands(void) {
     task t, other;
     b.size = 0;
 
-    PUT(&b, DEMAND, 1, 1, 1, TRY); /* nobody is there */
+    PUT(&b, DEMAND, 1, 1, 1, TRY, 0); /* nobody is there */
     raw_say(r, &b);
     EXPECT(r, &f, WITHDRAWN, 1);
 
     for (uint64_t i = 2; i < 6; i++) { /* one case here or there: the value comes with the claim */
-        PUT(&b, DEMAND, 1, i, i, i % 2 ? FIRM : 0);
+        PUT(&b, DEMAND, 1, i, i, i % 2 ? FIRM : 0, 0);
         raw_say(r, &b);
         start_send(&t, m.l->send, netchan_str("hello"), 1 + i / 4, i < 3 ? LONG : NETCHAN_FOREVER);
         EXPECT(r, &f, CLAIM, i);
@@ -1216,12 +1216,14 @@ static void test_demands(void) {
         CHECK_INT(end_task(&t), NETCHAN_OK);
     }
 
-    PUT(&b, DEMAND, 1, 6, 6, MULTI); /* a select here and there: ours is locked first, then the value is committed */
+    PUT(&b, DEMAND, 1, 6, 6, MULTI, 0); /* a select here and there: ours is locked first, then the value is committed */
     raw_say(r, &b);
     start_send(&t, m.l->send, netchan_str("hello"), 2, LONG);
     EXPECT(r, &f, CLAIM, 6);
     uint64_t match = get_number(&f);
     CHECK_INT(get_number(&f), 0);
+    CHECK_INT(get_number(&f), 6); /* of the value that we would get */
+    CHECK_INT(f.at, f.size);
     PUT(&b, GRANT, match, 0);
     raw_say(r, &b);
     EXPECT(r, &f, COMMIT, 6, match, 0, 6);
@@ -1230,7 +1232,7 @@ static void test_demands(void) {
     raw_say(r, &b);
     CHECK_INT(end_task(&t), NETCHAN_OK);
 
-    PUT(&b, DEMAND, 1, 7, 7, MULTI); /* the other select is over when ours is locked */
+    PUT(&b, DEMAND, 1, 7, 7, MULTI, 0); /* the other select is over when ours is locked */
     raw_say(r, &b);
     check_quiet(r);
     start_send(&t, m.l->send, netchan_str("hello"), 2, SHORT);
@@ -1244,7 +1246,7 @@ static void test_demands(void) {
     raw_say(r, &b);
     check_quiet(r);
 
-    PUT(&b, DEMAND, 1, 8, 8, 0); /* withdrawn when the claim is on its way: somebody else gets it */
+    PUT(&b, DEMAND, 1, 8, 8, 0, 0); /* withdrawn when the claim is on its way: somebody else gets it */
     raw_say(r, &b);
     check_quiet(r);
     start_send(&t, m.l->send, netchan_str("hello"), 1, LONG);
@@ -1252,12 +1254,12 @@ static void test_demands(void) {
     match = get_number(&f);
     start_recv(&other, m.good->recv, 1, LONG);
     PUT(&b, WITHDRAW, 8);
-    PUT(&b, DECLINE, match);
+    PUT(&b, DECLINE, match, 0);
     raw_say(r, &b);
     CHECK_INT(end_task(&t), NETCHAN_OK);
     check_hello(&other);
 
-    PUT(&b, DEMAND, 1, 9, 9, FIRM);
+    PUT(&b, DEMAND, 1, 9, 9, FIRM, 0);
     raw_say(r, &b);
     check_quiet(r);
     CHECK_INT(netchan_close(m.l->send), NETCHAN_OK);
@@ -1286,7 +1288,7 @@ static void test_large_values(void) {
         uint64_t match = get_number(&f);
         PUT(&b, GRANT, match, sizeof value);
         for (size_t at = 0; at < sizeof value; at += PIECE)
-            put_frame(&b, FRAGMENT, &match, 1, value + at, sizeof value - at < PIECE ? sizeof value - at : PIECE);
+            put_frame(&b, FRAGMENT_UP, &match, 1, value + at, sizeof value - at < PIECE ? sizeof value - at : PIECE);
         raw_say(r, &b);
         CHECK_INT(end_task(&t), NETCHAN_OK);
         CHECK_INT(netchan_count(&t.got), SIZE);
@@ -1295,20 +1297,20 @@ static void test_large_values(void) {
         EXPECT(r, &f, ACCEPT, i, 0);
     }
     for (uint64_t i = 4; i < 6; i++) {
-        PUT(&b, DEMAND, 1, i, i, i == 4 ? FIRM : MULTI);
+        PUT(&b, DEMAND, 1, i, i, i == 4 ? FIRM : MULTI, 0);
         raw_say(r, &b);
         start_send(&t, m.l->send, netchan_bytes(value + 4, SIZE), i == 4 ? 1 : 2, LONG);
         EXPECT(r, &f, CLAIM, i);
         uint64_t match = get_number(&f);
         get_number(&f);
-        get_number(&f);
+        CHECK_INT(get_number(&f), sizeof value);
         CHECK_INT(f.at, f.size); /* never here */
         PUT(&b, GRANT, match, 0);
         raw_say(r, &b);
         EXPECT(r, &f, COMMIT, i, match, 0, sizeof value);
         CHECK_INT(f.at, f.size);
         for (size_t at = 0, size; at < sizeof value; at += size) {
-            EXPECT(r, &f, FRAGMENT, i);
+            EXPECT(r, &f, FRAGMENT_DOWN, i);
             size = f.size - f.at;
             CHECK(size <= sizeof value - at);
             memcpy(gathered + at, f.body + f.at, size);
@@ -1503,7 +1505,7 @@ static void test_resume(void) {
     task t;
     b.size = 0;
     EXPECT(r, &f, CREDIT, 0, 3, 0);
-    PUT(&b, DEMAND, 1, 9, 9, FIRM);
+    PUT(&b, DEMAND, 1, 9, 9, FIRM, 0);
     PUT_VALUE(&b, DATA, "\1", 0);
     raw_say(r, &b);
     wait_acked(r, 2);
@@ -1594,7 +1596,7 @@ static void test_stolen_sessions(void) {
         check_quiet(owner);
     }
     task t;
-    PUT(&b, DEMAND, 1, 1, 1, FIRM);
+    PUT(&b, DEMAND, 1, 1, 1, FIRM, 0);
     raw_say(owner, &b);
     wait_acked(owner, 1);
     start_send(&t, m.l->send, netchan_str("hello"), 1, LONG);
@@ -1713,7 +1715,7 @@ static void test_who_never_acknowledges(void) {
     frame f;
     size_t got = 0, arrived = 0;
     b.size = 0;
-    for (uint64_t i = 1; i <= COUNT; i++) PUT(&b, DEMAND, 1, i, i, FIRM);
+    for (uint64_t i = 1; i <= COUNT; i++) PUT(&b, DEMAND, 1, i, i, FIRM, 0);
     raw_say(r, &b);
     wait_acked(r, COUNT);
     for (int i = 0; i < COUNT; i++) start_send(&t[i], m.l->send, netchan_bytes(value, SIZE), 1, LONG);
@@ -1757,7 +1759,7 @@ static void test_what_waits_for_a_peer_is_bounded(void) {
     bytes b;
     frame f;
     b.size = 0;
-    for (uint64_t i = 1; i <= COUNT; i++) PUT(&b, DEMAND, 1, i, i, 0);
+    for (uint64_t i = 1; i <= COUNT; i++) PUT(&b, DEMAND, 1, i, i, 0, 0);
     raw_say(r, &b);
     wait_acked(r, COUNT);
     size_t unknown = 0;
@@ -1935,12 +1937,12 @@ static void test_a_lying_listener(void) {
     static const struct {
         const char *reason;
         unsigned type;
-        uint64_t numbers[4];
+        uint64_t numbers[5];
         size_t count;
         const char *tail;
         size_t size;
     } lies[] = {
-        {"greeted twice", HELLO, {0}, 0, "netchan\1................\1\1\1\1\1", 29},
+        {"greeted twice", HELLO, {0}, 0, "netchan\1................\1\1\1\1\1\1", 30},
         {"greeted twice", RESUMED, {0}, 0, "\0................................", 33},
         {"never sent", ACK, {1000}, 1, NULL, 0},
         {"not sent", RETURN, {0, 1}, 2, "\5", 1},
@@ -1949,11 +1951,12 @@ static void test_a_lying_listener(void) {
         {"", CREDIT, {0, 0, 1}, 3, NULL, 0},
         {"committed", COMMIT, {5, 5, 1, 1}, 4, "\5", 1},
         {"released", RELEASE, {5, 5}, 2, NULL, 0},
-        {"fragment", FRAGMENT, {5}, 1, "aaa", 3},
+        {"fragment", FRAGMENT_DOWN, {5}, 1, "aaa", 3},
+        {"fragment", FRAGMENT_UP, {5}, 1, "aaa", 3},
         {"closed", CLOSED, {0}, 1, NULL, 0},
-        {"only the other side", OFFER, {0, 1, 1, 0}, 4, "\1", 1},
-        {"only the other side", DATA, {0}, 1, "\1", 1},
-        {"only the other side", GRANT, {5, 0}, 2, NULL, 0},
+        {"does not exist", OFFER, {0, 1, 1, 0, 1}, 5, NULL, 0},
+        {"credit", DATA, {0}, 1, "\1", 1},
+        {"granted", GRANT, {5, 0}, 2, NULL, 0},
         {"cut off", CLAIM, {5}, 1, NULL, 0},
         {"malformed", CLAIM, {5, 5, 1, 3}, 4, "\206\7a", 3},
     };
@@ -2227,7 +2230,7 @@ static void test_values_that_come_back(void) {
     uint64_t match = get_number(&f);
     PUT(&b, GRANT, match, sizeof value);
     for (size_t at = 0; at < sizeof value; at += PIECE)
-        put_frame(&b, FRAGMENT, &match, 1, value + at, sizeof value - at < PIECE ? sizeof value - at : PIECE);
+        put_frame(&b, FRAGMENT_UP, &match, 1, value + at, sizeof value - at < PIECE ? sizeof value - at : PIECE);
     PUT_VALUE(&b, DATA, "\105hello", 0);
     raw_say(r, &b);
     EXPECT(r, &f, ACCEPT, 1, 0);
