@@ -32,9 +32,9 @@
  * CONTENTS (grep -n '^ \* \[' netchan.h)
  *
  *   [A] results   [B] values   [C] struct tables   [D] channels and select   [E] links   [F] configuration
- *   [1] platform   [2] bytes and maps   [3] errors   [4] values   [5] struct tables   [6] channels: queues and matches
- *   [7] the commit protocol   [8] operations   [9] sessions   [10] hubs   [11] TLS   [12] sockets   [13] the I/O loop
- *   [14] links
+ *   [1] platform   [2] bytes and maps   [3] errors   [4] values   [5] struct tables   [6] channels
+ *   [7] ends   [8] pairs   [9] the commit protocol   [10] relays   [11] homes   [12] operations   [13] sessions
+ *   [14] hubs   [15] TLS   [16] sockets   [17] the I/O loop   [18] links
  *
  * GO BESIDE NETCHAN.H
  *
@@ -211,7 +211,7 @@
  *     A CLAIM that is not answered for six times ping_ms and twice resume_ms of H, while its link is up, is a breach;
  *     for a relayed entry, four times that. Unknown types are skipped. size is the encoded size of the value; a value
  *     over 16,256 bytes is never in the frame that names its size: it is shipped in FRAGMENTs after GRANT or COMMIT.
- *     The commit protocol is described at [7], relays there as well.
+ *     The commit protocol is described at [9], relays at [10].
  */
 
 #ifndef NETCHAN_H
@@ -367,7 +367,9 @@ NETCHANDEF int64_t netchan_as_int(const netchan_value *v, int64_t fallback);    
 NETCHANDEF uint64_t netchan_as_uint(const netchan_value *v, uint64_t fallback);  /* uint, or int that fits */
 NETCHANDEF double netchan_as_float(const netchan_value *v, double fallback);     /* float, int or uint */
 NETCHANDEF const char *netchan_as_str(const netchan_value *v, const char *fallback);
-NETCHANDEF netchan *netchan_as_chan(const netchan_value *v); /* NULL unless sender or receiver; retain it to keep it */
+/* Retain it to keep it. NULL, on which operations wait for ever, unless v is a sender or receiver: check what strangers
+ * send. */
+NETCHANDEF netchan *netchan_as_chan(const netchan_value *v);
 NETCHANDEF bool netchan_is_nil(const netchan_value *v);
 /* Items of an array or packed array, entries of a map, bytes of a string (without its NUL) or of bytes; 0 for all other
  * types. */
@@ -622,8 +624,8 @@ NETCHANDEF netchan_link *netchan_dial(const char *address, const netchan_options
  * gone all the same; or when values of a session that was lost before are unknown. NULL is allowed. */
 NETCHANDEF int netchan_hangup(netchan_link *link, netchan_report *report);
 
-/* Sends a copy of v to one peer of a listening link, before what link->send has for it; options.buffer values may wait
- * for each. Returns as netchan_send(); ENOPEER at once when there is no such peer (any more), ELOST when it is lost
+/* Sends a copy of v to one peer of a listening link, before what link->send, or its own "send", has for it;
+ * options.buffer values may wait for each. Returns as netchan_send(); ENOPEER at once when there is no such peer (any more), ELOST when it is lost
  * while the call waits. At a dialling link the one peer is the listener. */
 NETCHANDEF int netchan_sendto(netchan_link *link, netchan_peer peer, netchan_value v, int timeout_ms);
 /* Sends a copy of v to each peer that is there now, as netchan_sendto() would, to all at the same time: a slow one
@@ -1760,7 +1762,7 @@ NETCHANDEF int netchan_unpack(const netchan_value *v, const netchan_field *field
 }
 
 /* ====================================================================================================================
- * [6] Channels: queues, lanes, buffers, and the pairing of who waits with who waits.
+ * [6] Channels: what they are made of: operations and their waiters, queues, lanes, buffers, messages.
  *
  * An operation is one blocked send, receive or select. It waits with one waiter per case, each in the queue of its
  * channel. Operations of this process live on the stack of the blocked call; those of other processes are heap waiters
@@ -1856,8 +1858,9 @@ typedef struct netchan__remote {
     netchan__waiter waiter; /* first */
     uint8_t process[16];    /* whose operation it is; several hops away it is not the peer */
     bool relayed;           /* it comes from a process that relays it */
+    uint64_t channel;       /* the number by which its process knows the channel */
     size_t most;            /* a receiver: the largest value that it takes */
-    /* At an end, see "Relays" in [7]. waiter.claim is the match of the home. */
+    /* At an end, see [10]. waiter.claim is the match of the home. */
     netchan__peer *up;      /* the home, or the next on the way; NULL: it is not registered there */
     uint64_t up_id;         /* as what */
     uint64_t down;          /* the match that waiter.peer knows; 0: none */
@@ -1878,7 +1881,7 @@ struct netchan__op {
     netchan__waiter *claims, *last_claim;    /* net: claims that wait until it is open */
     netchan__op *prev_released, *next_released; /* net: in netchan__net.released */
     bool is_released;
-    size_t tries; /* net: tries that were not answered yet */
+    size_t tries; /* net: of a call that does not wait: cases that were not answered yet */
     uint64_t id;
     /* The outcome, written by who finishes it. */
     int index, result;
@@ -1936,6 +1939,7 @@ struct netchan {
     bool closing; /* close was called */
     bool closed;  /* and all values are gone */
     bool is_end, is_merge, is_dirty;
+    bool shared; /* atomic: other processes use it, or did */
     bool plain; /* what is sent leaves this process: a channel of a link */
     netchan__queue receivers;
     netchan__lane lane; /* the only one, unless is_merge; at an end: its senders, and cap */
@@ -2069,6 +2073,7 @@ struct netchan__peer {
     size_t max_ends, their_ends; /* how many imports there may be; exports */
     size_t stored;        /* bytes of values that it sent and that are in buffers */
     bool store_full;      /* something of it waits until there are fewer */
+    bool ends_full;       /* something for it waits until it drops ends */
     bool no_redelivery;
     netchan__peer *next_peer, *prev_peer; /* in netchan__net.peers */
     bool leaving;         /* one side said farewell: nothing new begins with it */
@@ -2103,6 +2108,7 @@ static struct netchan__net_state {
     void (*on_drained)(netchan__lane *lane); /* a lane of a merge is closed and empty */
     int wake_fd;           /* a byte written here ends the poll() of the I/O thread */
     bool wake;             /* to be done before the lock is given back */
+    bool at_once;          /* a select looks for what can be paired here and now */
     bool breached;         /* a session or a link is to be ended or replaced, or may be */
     bool polling;          /* that thread may be in poll() and was not woken yet */
 } netchan__net;
@@ -2346,13 +2352,17 @@ static void netchan__emit_entry(netchan__waiter *w, unsigned type, uint64_t matc
     netchan__emit_ids(w->peer, type, 0, w->id, match, number, 0);
 }
 
-/* ---- Ends: channels that other processes use. ----
+/* ====================================================================================================================
+ * [7] Ends: channels that other processes use. Net.
  *
  * Whoever puts a channel into a value for another process exports it to that peer: one direction of it, under a number.
- * The other side imports an end, or has it already. Invariants:
+ * The other side imports an end, or has it already.
+ *
+ * Invariants.
  *   E1  An export holds its channel as long as the peer may have an end, or a value with one on its way: it counts how
  *       often it was named, and the DROP of an end says how often that was named.
- *   E2  An end is found by its number until it is buried, so a peer has one of each at most. */
+ *   E2  An end is found by its number until it is buried, so a peer has one of each at most.
+ * ================================================================================================================== */
 
 struct netchan__export {
     netchan__export *prev, *next; /* of ch */
@@ -2386,6 +2396,8 @@ static void netchan__adopt(netchan *ch) {
     }
 }
 
+static void netchan__share(netchan *ch) { __atomic_store_n(&ch->shared, true, __ATOMIC_RELAXED); }
+
 /* The export of this direction of ch, which is made if there is none. name: the name it is imported by, or NULL.
  * Returns NULL when out of memory. */
 static netchan__export *netchan__export_to(netchan__peer *p, netchan *ch, bool receives, const void *name) {
@@ -2400,6 +2412,7 @@ static netchan__export *netchan__export_to(netchan__peer *p, netchan *ch, bool r
         return NULL;
     }
     netchan__adopt(ch);
+    netchan__share(ch);
     x->peer = p;
     x->ch = netchan_retain(ch);
     x->id = id;
@@ -2487,7 +2500,7 @@ static netchan *netchan__make_import(netchan__peer *p, unsigned kind, uint64_t i
         return NULL;
     }
     ch->lock = &netchan__net_lock;
-    ch->is_end = true;
+    ch->is_end = ch->shared = true;
     ch->may_receive = kind & NETCHAN__END_RECEIVER;
     ch->may_send = !ch->may_receive;
     ch->home = p;
@@ -2567,11 +2580,15 @@ static size_t netchan__count_ends(const netchan_value *v) {
 }
 
 /* Does the value hold more ends than the peer takes now? */
-static bool netchan__too_many_ends(const netchan__peer *p, const netchan_value *v) {
-    return netchan__has_ends(v) && netchan__count_ends(v) + p->exports.count > p->their_ends;
+static bool netchan__too_many_ends(netchan__peer *p, const netchan_value *v) {
+    if (!netchan__has_ends(v) || netchan__count_ends(v) + p->exports.count <= p->their_ends) return false;
+    p->ends_full = true;
+    return true;
 }
 
-/* ---- Pairs. ---- */
+/* ====================================================================================================================
+ * [8] Pairs: who waits is brought together with who waits, or with a buffer (I2); channels close, and peers are lost.
+ * ================================================================================================================== */
 
 /* Tells a sender how its send ended, and forgets it if it is remote. taker: who has the value. */
 static void netchan__finish_sender(netchan__waiter *s, int result, uint64_t taker) {
@@ -2732,9 +2749,15 @@ static bool netchan__can_ask(const netchan__waiter *s) {
 /* May this sender's value enter the buffer? What a peer has in buffers is bounded. */
 static bool netchan__may_store(netchan__waiter *s) {
     netchan__peer *p = s->op || s->lane->peer_number ? NULL : s->peer;
-    if (!p || !p->stored || p->stored + s->size * NETCHAN__SWELL <= p->max_memory / 2) return true;
+    size_t size = s->size > NETCHAN__FRAGMENT ? s->size : s->size * NETCHAN__SWELL; /* as netchan__can_ask() does */
+    if (!p || !p->stored || p->stored + size <= p->max_memory / 2) return true;
     p->store_full = true;
     return false;
+}
+
+/* Does whoever looks for pairs now want this one? */
+static bool netchan__may_pair(netchan *ch, const netchan__waiter *s, const netchan__waiter *r) {
+    return !netchan__is_net(ch) || !netchan__net.at_once || (netchan__lockable(s) && netchan__lockable(r));
 }
 
 /* Moves waiting senders into free slots. Each step may take any waiter out of the queue, so each begins anew. Returns
@@ -2743,7 +2766,7 @@ static bool netchan__fill(netchan__lane *lane) {
     bool moved = false;
     for (; netchan__slot_free(lane) && !lane->closing; moved = true) {
         netchan__waiter *s = lane->senders.head;
-        while (s && !(netchan__can_ask(s) && netchan__may_store(s))) s = s->next;
+        while (s && !(netchan__can_ask(s) && netchan__may_store(s) && netchan__may_pair(lane->ch, s, NULL))) s = s->next;
         if (!s) break;
         if (netchan__is_stale(s)) netchan__dequeue(s);
         else if (netchan__lane_room(lane)) netchan__bring_together(lane, s, NULL);
@@ -2761,7 +2784,7 @@ static bool netchan__fill(netchan__lane *lane) {
 /* Does this receiver's process not take this value, of this size, or not now? */
 static bool netchan__is_too_big(const netchan__waiter *r, const netchan_value *v, size_t size) {
     if (r->op) return false;
-    const netchan__peer *p = r->peer;
+    netchan__peer *p = r->peer;
     if (netchan__too_many_ends(p, v)) return true;
     return size > p->their_message || size > ((const netchan__remote *)(const void *)r)->most ||
            (size > NETCHAN__FRAGMENT && p->shipping && p->shipping + size > p->their_memory / 2);
@@ -2799,6 +2822,7 @@ static bool netchan__serve_one(netchan__lane *lane, netchan__waiter *r) {
     }
     const netchan__slot *slot = lane->cap ? &lane->slots[lane->first] : NULL;
     if (slot ? netchan__is_too_big(r, &slot->value, slot->size) : !s) return false;
+    if (!netchan__may_pair(lane->ch, s, r)) return false;
     netchan__next_turn(lane);
     netchan__bring_together(lane, s, r);
     return true;
@@ -2922,7 +2946,7 @@ static void netchan__lane_clear(netchan__lane *lane) {
 }
 
 /* ====================================================================================================================
- * [7] The commit protocol: pairs whose parties are in different processes, or are selects engaged elsewhere. All net.
+ * [9] The commit protocol: pairs whose parties are in different processes, or are selects engaged elsewhere. All net.
  *
  * A home brings two parties together in a match. It locks both operations in order: the sender's first, then the
  * receiver's; but when both have several cases, the operation with the smaller id first. Who cannot refuse (a slot, a
@@ -3120,14 +3144,17 @@ static enum netchan__lock_answer netchan__lock_party(netchan__match *m, int step
 }
 
 static void netchan__end_waiters(netchan__queue *q, int result);
+static void netchan__try_failed(netchan__waiter *w);
 
 /* Puts a waiter that was in a match back where it waited, unless it has a reason to go. */
 static void netchan__wait_again(netchan__waiter *w) {
     w->match = NULL;
-    if (w->lost || (w->peer && !w->op && w->peer->leaving)) {
+    if (w->op && w->is_try) netchan__try_failed(w);
+    else if (w->lost || (w->peer && !w->op && w->peer->leaving)) {
         netchan__forget(w);
     } else if (w->withdrawn) {
         if (w->is_try) netchan__emit_entry(w, NETCHAN__WITHDRAWN, 0, 0);
+        else if (w->here) netchan__emit_entry(w, NETCHAN__ACCEPT, 0, (uint64_t)-NETCHAN_ELOST); /* its name is gone */
         netchan__forget(w);
     } else {
         netchan__enqueue(netchan__queue_of(w), w, true);
@@ -3155,6 +3182,10 @@ static void netchan__unlist_released(netchan__op *op) {
 static void netchan__unlock_party(netchan__match *m, netchan__waiter *w, bool locked) {
     netchan__lane *lane = m->lane;
     if (!w) return;
+    if (!w->op && locked && w->is_send && !w->here && m->receiver_first) {
+        netchan__finish_sender(w, NETCHAN_ELOST, 0); /* its claim was final: it has committed, and cannot wait again */
+        return;
+    }
     if (!w->op) {
         if (locked && !w->lost && !(w->is_send && w->here)) netchan__emit_entry(w, NETCHAN__RELEASE, m->id, 0);
         netchan__wait_again(w);
@@ -3614,8 +3645,8 @@ static void netchan__on_closed(netchan__peer *p, netchan__frame *f) {
     if (!ch) return; /* it was dropped meanwhile */
     ch->closing = ch->closed = true;
     netchan__end_waiters(&ch->receivers, NETCHAN_ECLOSED);
-    netchan__relay_ended(ch);
     netchan__tell_ends(ch, false, NETCHAN__CLOSED);
+    netchan__relay_ended(ch);
 }
 
 /* Somebody has closed the channel of a sender end. */
@@ -3624,8 +3655,8 @@ static void netchan__on_closing(netchan__peer *p, netchan__frame *f) {
     if (!ch) return;
     ch->closing = ch->lane.closing = ch->close_sent = true;
     netchan__end_waiters(&ch->lane.senders, NETCHAN_ECLOSED);
-    netchan__relay_ended(ch);
     netchan__tell_ends(ch, true, NETCHAN__CLOSING);
+    netchan__relay_ended(ch);
 }
 
 /* The end leads nowhere any more. What is being negotiated is finished; see P5. */
@@ -3712,7 +3743,8 @@ static void netchan__on_return(netchan__peer *p, netchan__frame *f) {
     if (w) netchan__enqueue(&ch->returned, w, false);
 }
 
-/* ---- Relays: ends that were passed on. ----
+/* ====================================================================================================================
+ * [10] Relays: ends that were passed on. Net.
  *
  * Whoever passes on an end of a channel that has its home elsewhere stands between. The waiters of others wait at the
  * end as netchan__remote, outside its queues, and under numbers of their own at the next process on the way to the
@@ -3723,7 +3755,8 @@ static void netchan__on_return(netchan__peer *p, netchan__frame *f) {
  *   R1  A claim that was passed on is answered to the home exactly once: by who was asked, or, when that process is
  *       lost, with a DECLINE that says whether it may have the value.
  *   R2  A waiter that was granted stays until the home has ended it, also when its process is lost; one that was asked
- *       stays until it answers, also when the home is lost. */
+ *       stays until it answers, also when the home is lost.
+ * ================================================================================================================== */
 
 static netchan__remote *netchan__remote_of(netchan__waiter *w) { return (netchan__remote *)(void *)w; }
 
@@ -3879,10 +3912,15 @@ static void netchan__relay_claim(netchan__peer *p, netchan__remote *r, netchan__
         netchan__relay_decline(r, false);
         netchan__relay_unclaim(r);
         netchan__relay_leave(r);
+        if (!w->is_try) return;
+        netchan__emit_entry(w, NETCHAN__WITHDRAWN, 0, 0);
+        netchan__relay_forget(r);
         return;
     }
-    if (large) *(w->is_send ? &w->announced : &r->size) = size;
-    if (large) *(w->is_send ? &w->peer->reserved : &w->peer->shipping) += size;
+    if (large) {
+        *(w->is_send ? &w->announced : &r->size) = size;
+        *(w->is_send ? &w->peer->reserved : &w->peer->shipping) += size;
+    }
     r->step = NETCHAN__CLAIMED;
     r->carried = f->has_value;
     netchan__frame g = *f;
@@ -4077,7 +4115,10 @@ static void netchan__relay_home_lost(netchan *ch, const netchan__peer *p) {
     }
 }
 
-/* ---- The home: entries of remote operations, and what they answer. ---- */
+/* ====================================================================================================================
+ * [11] Homes: entries of remote operations, and what these answer; the messages of a peer, one by one; what becomes of
+ * all that when a session begins, when its link breaks, and when it ends. Net.
+ * ================================================================================================================== */
 
 /* Our channel, or end, that this peer means, or NULL. *x: the export, unless it is a channel of the link. */
 static netchan *netchan__channel_of(const netchan__peer *p, uint64_t channel, bool sends, netchan__export **x) {
@@ -4123,6 +4164,7 @@ static netchan__remote *netchan__make_remote(netchan__peer *p, netchan__frame *f
     w->is_send = f->type == NETCHAN__OFFER;
     w->size = w->is_send ? (size_t)f->size : 0;
     r->most = !w->is_send && f->size && f->size < SIZE_MAX ? (size_t)f->size : SIZE_MAX;
+    r->channel = f->channel;
     r->relayed = f->flags & NETCHAN__RELAYED;
     memcpy(r->process, r->relayed ? f->process : p->process, sizeof r->process);
     w->lane = !w->is_send || ch->is_end ? NULL : f->channel == 0 ? p->lane : &ch->lane;
@@ -4169,8 +4211,11 @@ static void netchan__leave_waiters(netchan__peer *p, const netchan__export *x) {
     for (size_t i = 0; i < p->waiters.cap;) { /* forgetting may move another waiter to this slot */
         netchan__waiter *w = p->waiters.slots[i].key ? (netchan__waiter *)p->waiters.slots[i].item : NULL;
         bool idle = w && !w->match && (!w->ch->is_end || netchan__remote_of(w)->step == NETCHAN__IDLE);
-        if (!idle || (x && (w->ch != x->ch || w->is_send == x->receives))) i++;
-        else {
+        bool meant = w && (!x || netchan__remote_of(w)->channel == x->id);
+        if (!idle || !meant) {
+            if (meant && x) w->withdrawn = true; /* when its match falls through */
+            i++;
+        } else {
             if (x) netchan__emit_entry(w, NETCHAN__ACCEPT, 0, (uint64_t)-NETCHAN_ELOST);
             if (w->ch->is_end) netchan__relay_withdraw(netchan__remote_of(w));
             else netchan__forget(w);
@@ -4201,7 +4246,13 @@ static void netchan__on_drop(netchan__peer *p, netchan__frame *f) {
         return;
     }
     x->named -= f->size;
-    if (!x->named) netchan__drop_export(x, f->number != 0);
+    if (f->number && !x->by_name) *(x->receives ? &x->ch->receivers_lost : &x->ch->senders_lost) = true;
+    if (!x->named) netchan__drop_export(x, false);
+    if (!p->ends_full) return;
+    p->ends_full = false;
+    netchan__mark_exports(p);
+    if (p->work) netchan__mark_dirty(p->work);
+    if (p->direct) netchan__lane_changed(p->direct);
 }
 
 static void netchan__on_withdraw(netchan__peer *p, netchan__frame *f) {
@@ -4733,7 +4784,7 @@ static void netchan__ends_lost(netchan__peer *p) {
 }
 
 /* ====================================================================================================================
- * [8] Operations: what a blocked call does. It registers one waiter per case under the locks of all its channels,
+ * [12] Operations: what a blocked call does. It registers one waiter per case under the locks of all its channels,
  * pairs, and, if nothing could happen at once, sleeps on its own condition until somebody finishes it or its time is
  * up.
  * ================================================================================================================== */
@@ -4996,9 +5047,13 @@ static void netchan__begin(netchan__op *op) {
         netchan__enqueue(netchan__queue_of(w), w, false);
         if (w->lane) netchan__update_ready(w->lane);
     }
-    for (size_t i = 0; i < count && netchan__state(op) == NETCHAN__OPEN; i++) {
-        netchan__waiter *w = &op->waiters[op->waiters[i].turn];
-        if (w->ch) netchan__attempt(w);
+    for (int pass = op->net && count > 1 ? 0 : 1; pass < 2; pass++) { /* what needs no negotiation is not bothered by it */
+        if (pass == 0) netchan__net.at_once = true;
+        for (size_t i = 0; i < count && netchan__state(op) == NETCHAN__OPEN; i++) {
+            netchan__waiter *w = &op->waiters[op->waiters[i].turn];
+            if (w->ch) netchan__attempt(w);
+        }
+        if (pass == 0) netchan__net.at_once = false;
     }
     for (size_t i = 0; i < count && op->net && netchan__state(op) < NETCHAN__COMMITTED; i++) { /* engaged is not over */
         netchan__waiter *w = &op->waiters[op->waiters[i].turn];
@@ -5022,13 +5077,21 @@ static bool netchan__sleep(netchan__op *op, uint64_t deadline) {
     return finished;
 }
 
+/* Selects of this thread in a row that did not have to wait, and whose channel came first in the last one. */
+static NETCHAN__THREAD_LOCAL struct netchan__streak {
+    unsigned length;
+    const netchan *winner;
+} netchan__streak;
+
 /* Runs the prepared operation to its end. */
 static void netchan__run(netchan__op *op, netchan__locks *locks, int timeout_ms) {
     uint64_t deadline = timeout_ms > 0 ? netchan__deadline(timeout_ms) : UINT64_MAX;
     netchan__lock_all(op, locks);
     netchan__begin(op);
+    for (size_t i = 0; i < op->count && timeout_ms == 0 && op->net; i++) op->tries += op->waiters[i].match != NULL;
     if (timeout_ms == 0 && netchan__state(op) == NETCHAN__OPEN && !op->tries) netchan__expire(op);
     bool over = netchan__state(op) == NETCHAN__DONE; /* by this thread: it has had the locks all the time */
+    if (over && op->index >= 0 && op->count > 1) netchan__streak.length++;
     if (over) netchan__leave_queues(op);
     netchan__unlock_all(locks);
     if (over) return;
@@ -5155,38 +5218,40 @@ static int netchan__select(netchan_case *cases, size_t count, int timeout_ms) {
     return result;
 }
 
-static bool netchan__is_remote(const netchan_case *c) { return c->ch && c->ch->is_end; }
-
-/* Tries those cases whose channels have their home elsewhere. Returns as netchan_select(). */
-static int netchan__try_remote(netchan_case *cases, size_t count) {
+/* Tries the cases in which other processes may wait, but for the winner's. Returns as netchan_select(). */
+static int netchan__try_others(netchan_case *cases, size_t count, const netchan *winner) {
     enum { MOST = 16 };
-    netchan_case remote[MOST];
+    netchan_case others[MOST];
     size_t index[MOST], n = 0;
     for (size_t i = 0; i < count && n < MOST; i++) {
-        if (!netchan__is_remote(&cases[i])) continue;
+        const netchan *ch = cases[i].ch;
+        if (!ch || ch == winner || !__atomic_load_n(&ch->shared, __ATOMIC_RELAXED)) continue;
         index[n] = i;
-        remote[n++] = cases[i];
+        others[n++] = cases[i];
     }
-    int result = netchan__select(remote, n, NETCHAN_NOWAIT);
+    int result = n ? netchan__select(others, n, NETCHAN_NOWAIT) : NETCHAN_ETIMEDOUT;
     if (result < 0) return result;
     for (size_t i = 0; i < count; i++) cases[i].result = NETCHAN_ETIMEDOUT;
-    cases[index[result]] = remote[result];
+    cases[index[result]] = others[result];
     return (int)index[result];
 }
 
 NETCHANDEF int netchan_select(netchan_case *cases, size_t count, int timeout_ms) {
     enum { TURN = 15 };
-    static NETCHAN__THREAD_LOCAL unsigned local; /* selects in a row in which a local case came before remote ones */
+    struct netchan__streak *streak = &netchan__streak;
     if (count && !cases)
         return netchan__fail(NETCHAN_EINVAL, "netchan_select: %zu cases, but the array is NULL", count);
     if (count > INT32_MAX) return netchan__fail(NETCHAN_EINVAL, "netchan_select: more cases than an int can number");
-    size_t remotes = 0;
-    for (size_t i = 0; i < count; i++) remotes += netchan__is_remote(&cases[i]);
-    bool mixed = remotes && remotes < count;
-    int result = mixed && local >= TURN ? netchan__try_remote(cases, count) : NETCHAN_ETIMEDOUT;
-    if (local >= TURN) local = 0;
-    if (result < 0) result = netchan__select(cases, count, timeout_ms);
-    if (mixed && result >= 0) local = netchan__is_remote(&cases[result]) ? 0 : local + 1;
+    int result = NETCHAN_ETIMEDOUT;
+    if (streak->length >= TURN && count > 1) {
+        streak->length = 0;
+        result = netchan__try_others(cases, count, streak->winner);
+        if (result >= 0) return result;
+    }
+    unsigned length = streak->length;
+    result = netchan__select(cases, count, timeout_ms);
+    if (result >= 0) streak->winner = cases[result].ch;
+    if (streak->length == length) streak->length = 0; /* it had to wait */
     return result;
 }
 
@@ -5282,8 +5347,8 @@ static void netchan__close(netchan *ch) {
     ch->closing = ch->lane.closing = true;
     if (ch->is_end) {
         netchan__end_waiters(&ch->lane.senders, NETCHAN_ECLOSED);
-        netchan__relay_ended(ch);
         netchan__tell_ends(ch, true, NETCHAN__CLOSING);
+        netchan__relay_ended(ch);
         netchan__pair_end(ch);
         return;
     }
@@ -5324,7 +5389,7 @@ NETCHANDEF size_t netchan_cap(netchan *ch) {
 }
 
 /* ====================================================================================================================
- * [9] Sessions: an ordered stream of frames between two processes, each taken once, over one link after another. A
+ * [13] Sessions: an ordered stream of frames between two processes, each taken once, over one link after another. A
  * state machine without I/O: bytes of the link go in, bytes for the link come out, time is an argument. No sockets, no
  * TLS, no clock, no threads. Net.
  *
@@ -5418,7 +5483,7 @@ struct netchan__session {
     size_t asks; /* names that it waits for */
 };
 
-/* One listen or dial without its sockets, see [10]. */
+/* One listen or dial without its sockets, see [14]. */
 struct netchan__hub {
     netchan_link link; /* first: what the user has is a hub */
     bool dials;
@@ -5589,9 +5654,11 @@ static uint64_t netchan__queue_parcel(netchan__session *s, const netchan__frame 
     return UINT64_MAX; /* netchan__shipped() will tell */
 }
 
-/* netchan__peer.emit */
+/* netchan__peer.emit. After both farewells only what accounts for values is still of use: what else comes may find the
+ * other side gone, which would look like a link that broke. */
 static uint64_t netchan__session_emit(netchan__peer *p, const netchan__frame *f) {
     netchan__session *s = netchan__session_of(p);
+    if (s->bye_sent && s->bye_received && f->type != NETCHAN__CREDIT && f->type != NETCHAN__RETURN) return s->queued;
     bool large = f->has_value && f->size > NETCHAN__FRAGMENT;
     size_t extra = f->bytes ? f->count : f->has_value && !large ? (size_t)f->size : 0;
     netchan__names names = netchan__names_of(p);
@@ -5949,7 +6016,7 @@ static void netchan__session_free(netchan__session *s) {
 }
 
 /* ====================================================================================================================
- * [10] Hubs: one listen or dial without its sockets. A hub greets what comes over its links, knows which session goes
+ * [14] Hubs: one listen or dial without its sockets. A hub greets what comes over its links, knows which session goes
  * on over which, and says what happened. Net.
  *
  * Each link begins with one of two questions of the dialling side: HELLO for a new session, RESUME for the one that it
@@ -6368,6 +6435,7 @@ static int netchan__add_name(netchan__hub *h, const char *text, netchan *ch, boo
         return netchan__fail_memory("netchan_export");
     }
     netchan__adopt(ch);
+    netchan__share(ch);
     n->ch = netchan_retain(ch);
     n->receives = receives;
     n->next = h->names;
@@ -6848,7 +6916,7 @@ static netchan *netchan__make_link_channel(size_t capacity, bool sends) {
     ch->lock = &netchan__net_lock;
     ch->may_send = sends;
     ch->may_receive = !sends;
-    ch->plain = true;
+    ch->plain = ch->shared = true;
     return ch;
 }
 
@@ -7011,7 +7079,7 @@ static netchan_report netchan__hub_close(netchan__hub *h) {
 }
 
 /* ====================================================================================================================
- * [11] TLS: mbedTLS as a stream between two buffers. It never blocks and never meets a socket: ciphertext is put in,
+ * [15] TLS: mbedTLS as a stream between two buffers. It never blocks and never meets a socket: ciphertext is put in,
  * ciphertext is taken out. All calls are made under netchan__tls_lock, as PSA keeps its keys in one table for the
  * process. No other lock is taken inside.
  * ================================================================================================================== */
@@ -7406,7 +7474,7 @@ NETCHANDEF int netchan_fingerprint(const char *cert, char *out, size_t size) {
 }
 
 /* ====================================================================================================================
- * [12] Sockets: addresses, and sockets that never block, never raise SIGPIPE and do not outlive an exec.
+ * [16] Sockets: addresses, and sockets that never block, never raise SIGPIPE and do not outlive an exec.
  * ================================================================================================================== */
 
 typedef struct netchan__address {
@@ -7564,7 +7632,7 @@ static bool netchan__flush_fd(int fd, netchan__buf *out) {
 }
 
 /* ====================================================================================================================
- * [13] The I/O loop: the one thread that calls poll(). It owns all connections: sockets, TLS streams, and the links
+ * [17] The I/O loop: the one thread that calls poll(). It owns all connections: sockets, TLS streams, and the links
  * that sessions see. What it shares with callers (endpoints, links, sessions) belongs to netchan__net_lock, which it
  * holds except while it waits, encrypts, decrypts and logs.
  * ================================================================================================================== */
@@ -8087,7 +8155,8 @@ static void *netchan__io_main(void *arg) {
         netchan__send_pending();
         for (netchan__endpoint *e = netchan__io.endpoints; e; e = e->next) pthread_cond_broadcast(&e->changed);
         netchan__write_logs();
-        if (netchan__net.pending || netchan__io.stop || netchan__io.next_tick == 0) continue;
+        bool more = netchan__net.pending || netchan__net.breached; /* since then; it gave the lock back */
+        if (more || netchan__io.stop || netchan__io.next_tick == 0) continue;
         size_t count = netchan__collect_polls();
         uint64_t next = netchan__io.next_tick;
         int wait_ms = next == UINT64_MAX          ? -1
@@ -8176,16 +8245,17 @@ static void netchan__io_stop(void) {
 }
 
 /* ====================================================================================================================
- * [14] Links: listen, dial, hang up. Net.
+ * [18] Links: listen, dial, hang up. Net.
  * ================================================================================================================== */
 
-/* Caller holds netchan__tls_lock; the first link waits for this, so that nobody reads while it is written. */
+/* A fork is another process. Caller holds netchan__tls_lock; the first link waits for this, so that nobody reads while
+ * it is written. */
 static int netchan__name_process(void) {
-    static bool named;
-    if (!named && (psa_generate_random(netchan__net.process, sizeof netchan__net.process) != PSA_SUCCESS ||
+    static pid_t named;
+    if (named != getpid() && (psa_generate_random(netchan__net.process, sizeof netchan__net.process) != PSA_SUCCESS ||
                    psa_generate_random((uint8_t *)&netchan__map_seed, sizeof netchan__map_seed) != PSA_SUCCESS))
         return netchan__fail(NETCHAN_ENET, "the system gives no randomness");
-    named = true;
+    named = getpid();
     return NETCHAN_OK;
 }
 

@@ -2321,6 +2321,1034 @@ static void test_a_dialler_gets_values_back(void) {
     end_call(&c, &d);
 }
 
+/* --- channel ends in values ---------------------------------------------------------------------------------------- */
+
+enum { RECEIVES = 1, YOURS = 2, FAR = 4, IS_CLOSING = 8, IS_CLOSED = 16, IS_GONE = 32 }; /* the first byte of a name */
+enum { NAME = 17 };
+
+static void put_name(bytes *b, unsigned flags, uint64_t id, uint64_t capacity) {
+    put_byte(b, flags);
+    put_little(b, id);
+    put_little(b, capacity);
+}
+
+/* A value that is an end. */
+static void put_end(bytes *b, unsigned flags, uint64_t id, uint64_t capacity) {
+    put_byte(b, 0x8a);
+    put_number(b, NAME);
+    put_name(b, flags, id, capacity);
+}
+
+typedef struct end {
+    unsigned flags;
+    uint64_t id, capacity;
+} end;
+
+static uint64_t get_little(const uint8_t *p) {
+    uint64_t n = 0;
+    for (int i = 8; i-- > 0;) n = n << 8 | p[i];
+    return n;
+}
+
+static end get_name(frame *f) {
+    CHECK(f->size - f->at >= NAME);
+    const uint8_t *p = f->body + f->at;
+    end e = {p[0], get_little(p + 1), get_little(p + 9)};
+    f->at += NAME;
+    return e;
+}
+
+static end get_end(frame *f) {
+    CHECK_INT(f->body[f->at++], 0x8a);
+    CHECK_INT(get_number(f), NAME);
+    return get_name(f);
+}
+
+/* A number for an operation of the raw side. */
+static uint64_t next_entry(void) {
+    static uint64_t entry = 5000;
+    return ++entry;
+}
+
+/* The listener receives this value. */
+static netchan_value raw_give(room *m, raw *r, const bytes *value) {
+    static bytes b;
+    frame f;
+    netchan_value got;
+    uint64_t entry = next_entry();
+    b.size = 0;
+    put_frame(&b, OFFER, (uint64_t[]){0, entry, entry, FIRM | HERE, value->size}, 5, value->data, value->size);
+    raw_say(r, &b);
+    CHECK_INT(netchan_recv(m->l->recv, &got, LONG), NETCHAN_OK);
+    EXPECT(r, &f, ACCEPT, entry, 0);
+    return got;
+}
+
+/* The listener gets an end of a channel of the raw side. */
+static netchan *raw_give_end(room *m, raw *r, unsigned flags, uint64_t id, uint64_t capacity) {
+    bytes value;
+    value.size = 0;
+    put_end(&value, flags, id, capacity);
+    netchan_value v = raw_give(m, r, &value);
+    CHECK_INT(v.type, flags & RECEIVES ? NETCHAN_RECEIVER : NETCHAN_SENDER);
+    netchan *ch = netchan_retain(netchan_as_chan(&v));
+    netchan_clear(&v);
+    return ch;
+}
+
+/* The raw side gets this value of the listener, which is in f from there on. */
+static void raw_get(room *m, raw *r, frame *f, netchan_value v) {
+    static bytes b;
+    task t;
+    uint64_t entry = next_entry();
+    b.size = 0;
+    PUT(&b, DEMAND, 1, entry, entry, FIRM, 0);
+    raw_say(r, &b);
+    check_quiet(r);
+    start_send(&t, m->l->send, v, 1, LONG);
+    EXPECT(r, f, CLAIM, entry);
+    uint64_t match = get_number(f);
+    CHECK_INT(get_number(f), FINAL);
+    uint64_t size = get_number(f);
+    CHECK_INT(size, f->size - f->at);
+    PUT(&b, GRANT, match, 0);
+    raw_say(r, &b);
+    CHECK_INT(end_task(&t), NETCHAN_OK);
+}
+
+static end raw_get_end(room *m, raw *r, netchan_value v) {
+    frame f;
+    raw_get(m, r, &f, v);
+    end e = get_end(&f);
+    CHECK_INT(f.at, f.size);
+    return e;
+}
+
+/* So many exports and imports has the listener with its newest peer. */
+static void check_ends(room *m, size_t exports, size_t imports) {
+    pthread_mutex_lock(&netchan__net_lock);
+    const netchan__peer *p = &endpoint_of(m->l)->hub.sessions->peer;
+    CHECK_INT(p->exports.count, exports);
+    CHECK_INT(p->imports.count, imports);
+    pthread_mutex_unlock(&netchan__net_lock);
+}
+
+/* Ends of channels that have their home at a foreign implementation. */
+static void test_a_foreign_home(void) {
+    room m = open_room();
+    raw *r = raw_join(m.l->address, 0);
+    bytes b;
+    frame f;
+    task t;
+    netchan_value v;
+    b.size = 0;
+    netchan *send = raw_give_end(&m, r, 0, 7, 3), *recv = raw_give_end(&m, r, RECEIVES, 8, 0);
+    CHECK_INT(netchan_cap(send), 3);
+    CHECK_INT(netchan_cap(recv), 0);
+    CHECK_INT(netchan_recv(send, NULL, LONG), NETCHAN_EINVAL);
+    CHECK_INT(netchan_send(recv, netchan_int(1), LONG), NETCHAN_EINVAL);
+    check_ends(&m, 0, 2);
+
+    start_send(&t, send, netchan_str("hello"), 1, NETCHAN_FOREVER); /* the value goes with the offer */
+    EXPECT(r, &f, OFFER, 7);
+    uint64_t entry = get_number(&f);
+    get_number(&f);
+    CHECK_INT(get_number(&f), FIRM | HERE);
+    CHECK_INT(get_number(&f), 6);
+    check_rest(&f, "\105hello", 6);
+    PUT(&b, ACCEPT, entry, 0);
+    raw_say(r, &b);
+    CHECK_INT(end_task(&t), NETCHAN_OK);
+
+    start_send(&t, send, netchan_str("hello"), 2, LONG); /* a select keeps it until it is asked */
+    EXPECT(r, &f, OFFER, 7);
+    entry = get_number(&f);
+    get_number(&f);
+    CHECK_INT(get_number(&f), MULTI);
+    CHECK_INT(get_number(&f), 6);
+    CHECK_INT(f.at, f.size);
+    PUT(&b, CLAIM, entry, 91, FINAL, 0);
+    raw_say(r, &b);
+    EXPECT(r, &f, GRANT, 91, 6);
+    check_rest(&f, "\105hello", 6);
+    PUT(&b, ACCEPT, entry, 0);
+    raw_say(r, &b);
+    CHECK_INT(end_task(&t), NETCHAN_OK);
+
+    start_send(&t, send, netchan_int(5), 2, LONG); /* it may be released, and asked again */
+    EXPECT(r, &f, OFFER, 7);
+    entry = get_number(&f);
+    PUT(&b, CLAIM, entry, 92, 0, 0);
+    raw_say(r, &b);
+    EXPECT(r, &f, GRANT, 92, 1);
+    PUT(&b, RELEASE, entry, 92);
+    PUT(&b, CLAIM, entry, 93, FINAL, 0);
+    raw_say(r, &b);
+    EXPECT(r, &f, GRANT, 93, 1);
+    PUT(&b, CLAIM, 77777, 94, FINAL, 0); /* somebody who is gone */
+    raw_say(r, &b);
+    EXPECT(r, &f, DECLINE, 94, 0);
+    PUT(&b, ACCEPT, entry, 0);
+    raw_say(r, &b);
+    CHECK_INT(end_task(&t), NETCHAN_OK);
+
+    start_recv(&t, recv, 1, LONG); /* the value comes with the claim */
+    EXPECT(r, &f, DEMAND, 8);
+    entry = get_number(&f);
+    get_number(&f);
+    CHECK_INT(get_number(&f), 0);
+    get_number(&f); /* size */
+    CHECK_INT(f.at, f.size);
+    PUT_VALUE(&b, CLAIM, "\105hello", entry, 95, FINAL, 6);
+    raw_say(r, &b);
+    EXPECT(r, &f, GRANT, 95, 0);
+    check_hello(&t);
+
+    start_recv(&t, recv, 2, LONG); /* or with COMMIT */
+    EXPECT(r, &f, DEMAND, 8);
+    entry = get_number(&f);
+    PUT(&b, CLAIM, entry, 96, 0, 6);
+    raw_say(r, &b);
+    EXPECT(r, &f, GRANT, 96, 0);
+    PUT_VALUE(&b, COMMIT, "\105hello", entry, 96, REDELIVERED, 6);
+    raw_say(r, &b);
+    EXPECT(r, &f, TAKEN, 96);
+    check_hello(&t);
+    CHECK(t.c[0].redelivered);
+
+    CHECK_INT(netchan_recv(recv, &v, SHORT), NETCHAN_ETIMEDOUT);
+    EXPECT(r, &f, DEMAND, 8);
+    entry = get_number(&f);
+    EXPECT(r, &f, WITHDRAW, entry);
+    start_recv(&t, recv, 1, 0); /* a try */
+    EXPECT(r, &f, DEMAND, 8);
+    entry = get_number(&f);
+    get_number(&f);
+    CHECK_INT(get_number(&f), TRY);
+    PUT(&b, WITHDRAWN, entry);
+    raw_say(r, &b);
+    CHECK_INT(end_task(&t), NETCHAN_ETIMEDOUT);
+
+    start_recv(&t, recv, 1, LONG); /* those who could send are lost: that concerns this call only */
+    EXPECT(r, &f, DEMAND, 8);
+    PUT(&b, ACCEPT, get_number(&f), 12);
+    raw_say(r, &b);
+    CHECK_INT(end_task(&t), NETCHAN_ELOST);
+    start_send(&t, send, netchan_int(1), 1, NETCHAN_FOREVER);
+    EXPECT(r, &f, OFFER, 7);
+    PUT(&b, ACCEPT, get_number(&f), 10);
+    raw_say(r, &b);
+    CHECK_INT(end_task(&t), NETCHAN_ETOOBIG);
+
+    v = netchan_sender(send); /* what comes home is named as the other side's */
+    raw_get(&m, r, &f, v);
+    end e = get_end(&f);
+    CHECK_INT(e.flags, YOURS);
+    CHECK_INT(e.id, 7);
+
+    netchan *again = raw_give_end(&m, r, 0, 7, 3); /* the same number is the same end */
+    CHECK(again == send);
+    netchan_free(again);
+    check_quiet(r);
+    netchan_free(send);
+    EXPECT(r, &f, DROP, 7, 2, 0);
+    netchan_free(recv);
+    EXPECT(r, &f, DROP, 8, 1, 0);
+    check_ends(&m, 0, 0);
+    again = raw_give_end(&m, r, RECEIVES, 7, 0); /* and then it is free for another */
+    netchan_free(again);
+    EXPECT(r, &f, DROP, 7, 1, 0);
+    check_quiet(r);
+    raw_close(r);
+    check_good(&m);
+    close_room(&m);
+}
+
+/* What a foreign home says of its channels. */
+static void test_a_foreign_home_closes(void) {
+    static const struct {
+        unsigned flags, type;
+        int result;
+        bool sends;
+    } ends[] = {
+        {0, CLOSING, NETCHAN_ECLOSED, true},
+        {RECEIVES, CLOSED, NETCHAN_ECLOSED, false},
+        {0, GONE, NETCHAN_ELOST, true},
+        {RECEIVES, GONE, NETCHAN_ELOST, false},
+        {IS_CLOSING, 0, NETCHAN_ECLOSED, true}, /* or says with the name */
+        {RECEIVES | IS_CLOSING | IS_CLOSED, 0, NETCHAN_ECLOSED, false},
+        {IS_GONE, 0, NETCHAN_ELOST, true},
+        {RECEIVES | IS_GONE, 0, NETCHAN_ELOST, false},
+    };
+    room m = open_room();
+    raw *r = raw_join(m.l->address, 0);
+    frame f;
+    for (size_t i = 0; i < sizeof ends / sizeof *ends; i++) {
+        bytes b;
+        task t;
+        bool sends = ends[i].sends;
+        netchan *ch = raw_give_end(&m, r, ends[i].flags, 20 + i, 0);
+        b.size = 0;
+        if (ends[i].type) {
+            if (sends) start_send(&t, ch, netchan_int(1), 1, LONG);
+            else start_recv(&t, ch, 1, LONG);
+            EXPECT(r, &f, sends ? OFFER : DEMAND, 20 + i);
+            uint64_t entry = get_number(&f);
+            put_frame(&b, ends[i].type, (uint64_t[]){20 + i}, 1, NULL, 0);
+            raw_say(r, &b);
+            CHECK_INT(end_task(&t), ends[i].result);
+            EXPECT(r, &f, WITHDRAW, entry);
+        }
+        for (int n = 0; n < 2; n++) { /* from now on, without asking */
+            int timeout = n ? LONG : NETCHAN_NOWAIT;
+            int result = sends ? netchan_send(ch, netchan_int(1), timeout) : netchan_recv(ch, NULL, timeout);
+            CHECK_INT(result, ends[i].result);
+        }
+        if (sends) CHECK_INT(netchan_close(ch), ends[i].result == NETCHAN_ECLOSED ? NETCHAN_ECLOSED : NETCHAN_OK);
+        if (sends && ends[i].result == NETCHAN_ELOST) EXPECT(r, &f, CLOSE, 20 + i);
+        netchan_free(ch);
+        EXPECT(r, &f, DROP, 20 + i, 1);
+        if (ends[i].type) put_frame(&b, ends[i].type, (uint64_t[]){20 + i}, 1, NULL, 0); /* too late: no harm */
+        raw_say(r, &b);
+        check_quiet(r);
+    }
+    netchan *ch = raw_give_end(&m, r, 0, 40, 0); /* this side closes it */
+    CHECK_INT(netchan_close(ch), NETCHAN_OK);
+    CHECK_INT(netchan_close(ch), NETCHAN_ECLOSED);
+    EXPECT(r, &f, CLOSE, 40);
+    netchan_free(ch);
+    EXPECT(r, &f, DROP, 40, 1, 0);
+    raw_close(r);
+    check_good(&m);
+    close_room(&m);
+}
+
+/* A foreign implementation has ends of channels of this process. */
+static void test_foreign_ends(void) {
+    room m = open_room();
+    raw *r = raw_join(m.l->address, 0);
+    bytes b, value;
+    frame f;
+    task t;
+    netchan_value v;
+    netchan *ch = netchan_make(2);
+    b.size = 0;
+    end s = raw_get_end(&m, r, netchan_sender(ch)), e = raw_get_end(&m, r, netchan_receiver(ch));
+    CHECK_INT(s.flags, 0);
+    CHECK_INT(e.flags, RECEIVES);
+    CHECK_INT(s.capacity, 2);
+    CHECK(s.id >= 2 && e.id >= 2 && s.id != e.id);
+    check_ends(&m, 2, 0);
+
+    PUT_VALUE(&b, OFFER, "\105hello", s.id, 1, 1, FIRM | HERE, 6); /* into the buffer */
+    raw_say(r, &b);
+    EXPECT(r, &f, ACCEPT, 1, 0);
+    CHECK_INT(netchan_len(ch), 1);
+    PUT(&b, DEMAND, e.id, 2, 2, 0, 0); /* and out of it */
+    raw_say(r, &b);
+    EXPECT(r, &f, CLAIM, 2);
+    uint64_t match = get_number(&f);
+    CHECK_INT(get_number(&f), FINAL);
+    CHECK_INT(get_number(&f), 6);
+    check_rest(&f, "\105hello", 6);
+    PUT(&b, GRANT, match, 0);
+    PUT(&b, OFFER, s.id, 3, 3, MULTI, 6); /* asked for */
+    raw_say(r, &b);
+    EXPECT(r, &f, CLAIM, 3);
+    match = get_number(&f);
+    CHECK_INT(get_number(&f), FINAL);
+    PUT_VALUE(&b, GRANT, "\105hello", match, 6);
+    raw_say(r, &b);
+    EXPECT(r, &f, ACCEPT, 3, 0);
+    start_recv(&t, ch, 1, LONG);
+    check_hello(&t);
+    netchan_peer from;
+    PUT_VALUE(&b, OFFER, "\5", s.id, 4, 4, FIRM | HERE, 1);
+    raw_say(r, &b);
+    EXPECT(r, &f, ACCEPT, 4, 0);
+    CHECK_INT(netchan_recvfrom(ch, &v, &from, LONG), NETCHAN_OK);
+    CHECK_INT(netchan_as_int(&v, 0), 5);
+    CHECK(from.id != 0);
+
+    PUT(&b, DEMAND, e.id, 5, 5, 0, 3); /* it takes no value over 3 bytes */
+    raw_say(r, &b);
+    CHECK_INT(netchan_send(ch, netchan_str("hello"), LONG), NETCHAN_OK);
+    check_quiet(r);
+    start_recv(&t, ch, 1, LONG);
+    check_hello(&t);
+    CHECK_INT(netchan_send(ch, netchan_int(6), LONG), NETCHAN_OK);
+    EXPECT(r, &f, CLAIM, 5);
+    PUT(&b, GRANT, get_number(&f), 0);
+    raw_say(r, &b);
+
+    value.size = 0; /* it comes home: the channel again, without having been asked for */
+    put_end(&value, YOURS, s.id, 0);
+    v = raw_give(&m, r, &value);
+    CHECK_INT(v.type, NETCHAN_SENDER);
+    CHECK(netchan_as_chan(&v) == ch);
+    netchan_clear(&v);
+
+    PUT(&b, DEMAND, e.id, 6, 6, FIRM, 0);
+    PUT(&b, CLOSE, s.id);
+    raw_say(r, &b);
+    EXPECT(r, &f, CLOSING, s.id);
+    EXPECT(r, &f, CLOSED, e.id);
+    CHECK_INT(netchan_close(ch), NETCHAN_ECLOSED);
+    CHECK_INT(netchan_recv(ch, NULL, LONG), NETCHAN_ECLOSED);
+    PUT(&b, CLOSE, s.id); /* twice is no breach: somebody else may have been quicker */
+    PUT(&b, OFFER, s.id, 7, 7, 0, 1); /* who had not heard yet */
+    PUT_VALUE(&b, OFFER, "\5", s.id, 8, 8, FIRM | HERE, 1);
+    raw_say(r, &b);
+    do next_frame(r, &f, ACCEPT);
+    while (f.type == ACCEPT && get_number(&f) == 7); /* may be told */
+    CHECK_INT(f.type, ACCEPT);
+    CHECK_INT(get_number(&f), 1); /* ECLOSED */
+    netchan_free(ch);
+    check_ends(&m, 2, 0);
+    PUT(&b, DROP, s.id, 1, 0);
+    PUT(&b, DROP, e.id, 1, 0);
+    raw_say(r, &b);
+    check_quiet(r);
+    check_ends(&m, 0, 0);
+    raw_close(r);
+    check_good(&m);
+    close_room(&m);
+}
+
+/* An end that was named again while it was dropped is still there. */
+static void test_drops(void) {
+    room m = open_room();
+    raw *r = raw_join(m.l->address, 0);
+    bytes b;
+    frame f;
+    task t;
+    netchan *ch = netchan_make(0), *lost = netchan_make(0);
+    b.size = 0;
+    end e = raw_get_end(&m, r, netchan_sender(ch));
+    end again = raw_get_end(&m, r, netchan_sender(ch));
+    CHECK_INT(e.id, again.id);
+    PUT(&b, DROP, e.id, 1, 0); /* only the first was read when this was said */
+    raw_say(r, &b);
+    check_quiet(r);
+    check_ends(&m, 1, 0);
+    PUT_VALUE(&b, OFFER, "\5", e.id, 1, 1, FIRM | HERE, 1);
+    raw_say(r, &b);
+    CHECK_INT(netchan_recv(ch, NULL, LONG), NETCHAN_OK);
+    EXPECT(r, &f, ACCEPT, 1, 0);
+    PUT(&b, DROP, e.id, 1, 0);
+    raw_say(r, &b);
+    check_quiet(r);
+    check_ends(&m, 0, 0);
+    CHECK_INT(netchan_recv(ch, NULL, SHORT), NETCHAN_ETIMEDOUT); /* it lost nobody */
+    again = raw_get_end(&m, r, netchan_sender(ch));
+    CHECK(again.id != e.id);
+
+    e = raw_get_end(&m, r, netchan_sender(lost)); /* others had it and were lost */
+    start_recv(&t, lost, 1, LONG);
+    PUT(&b, DROP, e.id, 1, 1);
+    raw_say(r, &b);
+    CHECK_INT(end_task(&t), NETCHAN_ELOST);
+
+    netchan_value two[2] = {netchan_receiver(lost), netchan_receiver(lost)}; /* twice in one value */
+    raw_get(&m, r, &f, netchan_array(two, 2));
+    check_ends(&m, 2, 0);
+    f.at += 3; /* an array of two */
+    e = get_end(&f);
+    CHECK_INT(get_end(&f).id, e.id);
+    PUT(&b, DROP, e.id, 2, 0);
+    raw_say(r, &b);
+    check_quiet(r);
+    check_ends(&m, 1, 0);
+    raw_close(r);
+    netchan_free(ch);
+    netchan_free(lost);
+    check_good(&m);
+    close_room(&m);
+}
+
+/* Says all of b, and the session is over for this reason. */
+static void check_breach(room *m, raw *r, bytes *b, const char *reason) {
+    raw_send(r, b->data, b->size);
+    b->size = 0;
+    raw_wait_closed(r);
+    raw_close(r);
+    wait_event(m->l, "lost", reason);
+    check_good(m);
+}
+
+/* An OFFER of a value with this in it. */
+static void put_offer(bytes *b, const bytes *value) {
+    uint64_t entry = next_entry();
+    put_frame(b, OFFER, (uint64_t[]){0, entry, entry, FIRM | HERE, value->size}, 5, value->data, value->size);
+}
+
+static void test_lies_about_ends(void) {
+    netchan_options o = options();
+    o.max_ends = 5;
+    room m = open_room_with(&o);
+    netchan *ch = netchan_make(0);
+    for (int i = 0; i < 21; i++) {
+        raw *r = raw_join(m.l->address, 0);
+        bytes b, value;
+        const char *reason = "";
+        b.size = value.size = 0;
+        end e = {0, 0, 0};
+        if (i < 6) e = raw_get_end(&m, r, netchan_sender(ch));
+        if (i == 0) PUT(&b, DROP, e.id, 2, 0), reason = "dropped";
+        if (i == 1) PUT(&b, DROP, e.id, 0, 0), reason = "dropped";
+        if (i == 2) PUT(&b, DROP, e.id + 1, 1, 0), reason = "dropped";
+        if (i == 3) put_end(&value, YOURS, e.id + 1, 0), reason = "does not have"; /* never given */
+        if (i == 4) put_end(&value, YOURS | RECEIVES, e.id, 0), reason = "does not have"; /* not that way */
+        if (i == 5) { /* dropped, and then used */
+            PUT(&b, DROP, e.id, 1, 0);
+            put_end(&value, YOURS, e.id, 0), reason = "does not have";
+        }
+        if (i == 6) put_end(&value, YOURS, 0, 0), reason = "does not have";
+        if (i == 7) put_end(&value, 0, 0, 0);
+        if (i == 8) put_end(&value, 0, 1, 0);
+        if (i == 9) put_end(&value, 0, 9, (uint64_t)1 << 63);
+        if (i == 10) put_end(&value, 0, 9, UINT64_MAX);
+        if (i == 11 || i == 12) { /* a name of another size */
+            put_byte(&value, 0x8a);
+            put_number(&value, i == 11 ? 16 : 18);
+            for (int k = 0; k < (i == 11 ? 16 : 18); k++) put_byte(&value, k == 1 ? 9 : 0);
+            reason = "malformed";
+        }
+        if (i == 13) put_byte(&value, 0x8a), put_number(&value, NAME), put_byte(&value, 0), reason = "malformed";
+        if (i == 14) { /* the same number, turned round */
+            put_byte(&value, 0x88), put_number(&value, 1 + 2 * (2 + NAME)), put_number(&value, 2);
+            put_end(&value, 0, 9, 0);
+            put_end(&value, RECEIVES, 9, 0);
+            reason = "turned";
+        }
+        if (i == 15) { /* more than max_ends, in one value */
+            put_byte(&value, 0x88), put_number(&value, 1 + 6 * (2 + NAME)), put_number(&value, 6);
+            for (unsigned k = 0; k < 6; k++) put_end(&value, 0, 9 + k, 0);
+            reason = "max_ends";
+        }
+        if (i == 16) { /* or one by one, which nobody receives */
+            for (unsigned k = 0; k < 6; k++) {
+                value.size = 0;
+                put_end(&value, k % 2 ? RECEIVES : 0, 9 + k, 0);
+                if (k < 5) put_offer(&b, &value);
+            }
+            reason = "max_ends";
+        }
+        if (i == 17) PUT(&b, OFFER, 2, 1, 1, 0, 1), reason = "does not exist"; /* what nobody gave it */
+        if (i == 18) PUT(&b, DEMAND, 2, 1, 1, 0, 0), reason = "does not exist";
+        if (i == 19) PUT(&b, CLOSE, 2), reason = "closed";
+        if (i == 20) { /* an offer within a value that is not wanted any more: the ends are freed */
+            put_end(&value, 0, 9, 0);
+            put_offer(&b, &value);
+            value.size = 0;
+            PUT(&b, GRANT, 77, 0), reason = "granted";
+        }
+        if (value.size) put_offer(&b, &value);
+        check_breach(&m, r, &b, reason);
+    }
+    netchan_free(ch);
+    close_room(&m);
+}
+
+/* Values that wait on a channel of this process, and whose taker may have been lost behind who relays. */
+static void test_declined_by_a_relay(void) {
+    room m = open_room();
+    raw *r = raw_join_first(m.l->address);
+    bytes b;
+    frame f;
+    task t;
+    netchan *ch = netchan_make(0), *buffered = netchan_make(1);
+    b.size = 0;
+    end e = raw_get_end(&m, r, netchan_receiver(ch)), e2 = raw_get_end(&m, r, netchan_receiver(buffered));
+    for (uint64_t unknown = 0; unknown < 2; unknown++) {
+        uint64_t entry = 10 + 10 * unknown;
+        PUT(&b, DEMAND, e.id, entry, 1, 0, 0); /* a claim that carries the value */
+        raw_say(r, &b);
+        start_send(&t, ch, netchan_str("hello"), 1, LONG);
+        EXPECT(r, &f, CLAIM, entry);
+        uint64_t match = get_number(&f);
+        CHECK_INT(get_number(&f), FINAL);
+        PUT(&b, DECLINE, match, unknown);
+        if (!unknown) PUT(&b, DEMAND, e.id, entry + 1, 2, FIRM, 0);
+        raw_say(r, &b);
+        if (!unknown) { /* it has certainly not got it: the next gets it */
+            EXPECT(r, &f, CLAIM, entry + 1);
+            PUT(&b, GRANT, get_number(&f), 0);
+            raw_say(r, &b);
+        }
+        CHECK_INT(end_task(&t), unknown ? NETCHAN_EUNKNOWN : NETCHAN_OK);
+
+        PUT(&b, DEMAND, e.id, entry + 2, 3, MULTI, 0); /* a value that was committed */
+        raw_say(r, &b);
+        start_send(&t, ch, netchan_str("hello"), 2, LONG);
+        EXPECT(r, &f, CLAIM, entry + 2);
+        match = get_number(&f);
+        CHECK_INT(get_number(&f), 0);
+        PUT(&b, GRANT, match, 0);
+        raw_say(r, &b);
+        EXPECT(r, &f, COMMIT, entry + 2, match);
+        PUT(&b, DECLINE, match, unknown);
+        if (!unknown) PUT(&b, DEMAND, e.id, entry + 3, 4, FIRM, 0);
+        raw_say(r, &b);
+        if (!unknown) {
+            EXPECT(r, &f, CLAIM, entry + 3);
+            PUT(&b, GRANT, get_number(&f), 0);
+            raw_say(r, &b);
+        }
+        CHECK_INT(end_task(&t), unknown ? NETCHAN_EUNKNOWN : NETCHAN_OK);
+
+        CHECK_INT(netchan_send(buffered, netchan_str("hello"), LONG), NETCHAN_OK); /* from a buffer */
+        PUT(&b, DEMAND, e2.id, entry + 4, 5, 0, 0);
+        raw_say(r, &b);
+        EXPECT(r, &f, CLAIM, entry + 4);
+        PUT(&b, DECLINE, get_number(&f), unknown);
+        raw_say(r, &b);
+        start_recv(&t, buffered, 1, LONG);
+        check_hello(&t);
+        CHECK_INT(t.c[0].redelivered, unknown);
+    }
+    check_quiet(r);
+    raw_close(r);
+    netchan_free(ch);
+    netchan_free(buffered);
+    check_good(&m);
+    netchan_report report;
+    CHECK_INT(netchan_hangup(m.good, NULL), NETCHAN_OK);
+    CHECK_INT(netchan_hangup(m.l, &report), NETCHAN_ETIMEDOUT);
+    CHECK_INT(report.unknown, 2); /* those whose sends said so */
+    CHECK_INT(alloc_blocks(), 0);
+}
+
+/* A frame with flags that say who it is from. */
+static void put_relayed(bytes *b, unsigned type, uint64_t channel, uint64_t entry, uint64_t op, unsigned process) {
+    bytes body;
+    body.size = 0;
+    put_number(&body, channel);
+    put_number(&body, entry);
+    put_number(&body, op);
+    put_number(&body, RELAYED_FLAG | MULTI);
+    for (int i = 0; i < 16; i++) put_byte(&body, process);
+    put_number(&body, type == OFFER ? 1 : 0);
+    put_frame(b, type, NULL, 0, body.data, body.size);
+}
+
+/* Operations are told apart by their process, not by who relays them: two cases of one never serve each other. */
+static void test_relayed_operations(void) {
+    room m = open_room();
+    raw *r = raw_join(m.l->address, 0);
+    bytes b;
+    frame f;
+    netchan *ch = netchan_make(0);
+    b.size = 0;
+    end s = raw_get_end(&m, r, netchan_sender(ch)), e = raw_get_end(&m, r, netchan_receiver(ch));
+    put_relayed(&b, OFFER, s.id, 1, 7, 0x55);
+    put_relayed(&b, DEMAND, e.id, 2, 7, 0x55);
+    raw_say(r, &b);
+    check_quiet(r);
+    put_relayed(&b, DEMAND, e.id, 3, 7, 0x44); /* smaller, so it is asked first */
+    raw_say(r, &b);
+    EXPECT(r, &f, CLAIM, 3);
+    uint64_t match = get_number(&f);
+    CHECK_INT(get_number(&f), 0);
+    PUT(&b, GRANT, match, 0);
+    raw_say(r, &b);
+    EXPECT(r, &f, CLAIM, 1, match, FINAL);
+    PUT_VALUE(&b, GRANT, "\5", match, 1);
+    raw_say(r, &b);
+    EXPECT(r, &f, COMMIT, 3, match, 0, 1);
+    check_rest(&f, "\5", 1);
+    PUT(&b, TAKEN, match);
+    raw_say(r, &b);
+    EXPECT(r, &f, ACCEPT, 1, 0);
+    put_relayed(&b, OFFER, s.id, 4, 7, 0x66); /* larger than the one that waits still */
+    raw_say(r, &b);
+    EXPECT(r, &f, CLAIM, 2);
+    PUT(&b, DECLINE, get_number(&f), 0);
+    raw_say(r, &b);
+    check_quiet(r);
+    put_frame(&b, OFFER, (uint64_t[]){s.id, 9, 9, RELAYED_FLAG}, 4, "123456789012345", 15);
+    check_breach(&m, r, &b, "cut off");
+    netchan_free(ch);
+    close_room(&m);
+}
+
+/* One raw side has a channel, another an end of it, and this process is between them. */
+static void test_a_relay_between_foreigners(void) {
+    room m = open_room();
+    raw *home = raw_join(m.l->address, 0), *user;
+    bytes b;
+    frame f;
+    task t;
+    b.size = 0;
+    netchan *send = raw_give_end(&m, home, 0, 7, 0), *recv = raw_give_end(&m, home, RECEIVES, 8, 0);
+    user = raw_join(m.l->address, 0);
+    end s = raw_get_end(&m, user, netchan_sender(send)), e = raw_get_end(&m, user, netchan_receiver(recv));
+    CHECK_INT(s.flags, FAR);
+    CHECK_INT(e.flags, FAR | RECEIVES);
+
+    PUT(&b, OFFER, s.id, 1, 17, 0, 6); /* a send: claimed, granted, accepted */
+    raw_say(user, &b);
+    EXPECT(home, &f, OFFER, 7);
+    uint64_t entry = get_number(&f);
+    CHECK_INT(get_number(&f), 17);
+    CHECK_INT(get_number(&f), RELAYED_FLAG);
+    for (int i = 0; i < 16; i++) CHECK_INT(f.body[f.at++], 0xee);
+    CHECK_INT(get_number(&f), 6);
+    CHECK_INT(f.at, f.size);
+    PUT(&b, CLAIM, entry, 33, FINAL, 0);
+    raw_say(home, &b);
+    EXPECT(user, &f, CLAIM, 1);
+    PUT_VALUE(&b, GRANT, "\105hello", get_number(&f), 6);
+    raw_say(user, &b);
+    EXPECT(home, &f, GRANT, 33, 6);
+    check_rest(&f, "\105hello", 6);
+    PUT(&b, ACCEPT, entry, 0);
+    raw_say(home, &b);
+    EXPECT(user, &f, ACCEPT, 1, 0);
+
+    put_relayed(&b, DEMAND, e.id, 2, 18, 0x12); /* a receive, of somebody behind it */
+    raw_say(user, &b);
+    EXPECT(home, &f, DEMAND, 8);
+    entry = get_number(&f);
+    CHECK_INT(get_number(&f), 18);
+    CHECK_INT(get_number(&f), RELAYED_FLAG | MULTI);
+    for (int i = 0; i < 16; i++) CHECK_INT(f.body[f.at++], 0x12);
+    PUT(&b, CLAIM, entry, 34, 0, 6);
+    raw_say(home, &b);
+    EXPECT(user, &f, CLAIM, 2);
+    uint64_t match = get_number(&f);
+    CHECK_INT(get_number(&f), 0);
+    CHECK_INT(get_number(&f), 6);
+    PUT(&b, GRANT, match, 0);
+    raw_say(user, &b);
+    EXPECT(home, &f, GRANT, 34, 0);
+    PUT(&b, RELEASE, entry, 34);
+    PUT(&b, CLAIM, entry, 35, 0, 6);
+    raw_say(home, &b);
+    EXPECT(user, &f, RELEASE, 2, match);
+    EXPECT(user, &f, CLAIM, 2);
+    match = get_number(&f);
+    PUT(&b, GRANT, match, 0);
+    raw_say(user, &b);
+    EXPECT(home, &f, GRANT, 35, 0);
+    PUT_VALUE(&b, COMMIT, "\105hello", entry, 35, REDELIVERED, 6);
+    raw_say(home, &b);
+    EXPECT(user, &f, COMMIT, 2, match, REDELIVERED, 6);
+    check_rest(&f, "\105hello", 6);
+    PUT(&b, TAKEN, match);
+    raw_say(user, &b);
+    EXPECT(home, &f, TAKEN, 35);
+
+    PUT(&b, DEMAND, e.id, 3, 19, TRY, 0); /* what comes to nothing */
+    PUT(&b, DEMAND, e.id, 4, 20, 0, 0);
+    PUT(&b, WITHDRAW, 4);
+    raw_say(user, &b);
+    EXPECT(home, &f, DEMAND, 8);
+    entry = get_number(&f);
+    EXPECT(home, &f, DEMAND, 8);
+    uint64_t other = get_number(&f);
+    EXPECT(home, &f, WITHDRAW, other);
+    PUT(&b, WITHDRAWN, entry);
+    raw_say(home, &b);
+    EXPECT(user, &f, WITHDRAWN, 3);
+
+    PUT(&b, DEMAND, e.id, 5, 21, 0, 0); /* claimed, and over */
+    raw_say(user, &b);
+    EXPECT(home, &f, DEMAND, 8);
+    PUT_VALUE(&b, CLAIM, "\5", get_number(&f), 36, FINAL, 1);
+    raw_say(home, &b);
+    EXPECT(user, &f, CLAIM, 5);
+    PUT(&b, DECLINE, get_number(&f), 0);
+    raw_say(user, &b);
+    EXPECT(home, &f, DECLINE, 36, 0);
+
+    start_send(&t, send, netchan_int(1), 1, NETCHAN_FOREVER); /* our own go as ever */
+    EXPECT(home, &f, OFFER, 7);
+    entry = get_number(&f);
+    get_number(&f);
+    CHECK_INT(get_number(&f), FIRM | HERE);
+    PUT(&b, ACCEPT, entry, 0);
+    raw_say(home, &b);
+    CHECK_INT(end_task(&t), NETCHAN_OK);
+
+    PUT(&b, CLOSE, s.id); /* closed from the far end */
+    raw_say(user, &b);
+    EXPECT(home, &f, CLOSE, 7);
+    EXPECT(user, &f, CLOSING, s.id);
+    PUT(&b, DEMAND, e.id, 6, 22, FIRM, 0);
+    raw_say(user, &b);
+    EXPECT(home, &f, DEMAND, 8);
+    entry = get_number(&f);
+    PUT_VALUE(&b, CLAIM, "\5", entry, 37, FINAL, 1); /* who has it when the user is lost? */
+    raw_say(home, &b);
+    EXPECT(user, &f, CLAIM, 6);
+    raw_close(user);
+    wait_event(m.l, "lost", "did not come back");
+    EXPECT(home, &f, DECLINE, 37, 1);
+    check_quiet(home);
+
+    user = raw_join(m.l->address, 0);
+    e = raw_get_end(&m, user, netchan_receiver(recv));
+    PUT(&b, DEMAND, e.id, 1, 1, FIRM, 0);
+    raw_say(user, &b);
+    EXPECT(home, &f, DEMAND, 8);
+    netchan_free(send);
+    EXPECT(home, &f, DROP, 7, 1, 1); /* the user had it, and was lost */
+    raw_close(home);
+    EXPECT(user, &f, ACCEPT, 1, 12); /* ELOST */
+    EXPECT(user, &f, GONE, e.id);
+    netchan_free(recv);
+    PUT_VALUE(&b, OFFER, "\5", s.id, 9, 9, FIRM | HERE, 1);
+    check_breach(&m, user, &b, "does not exist");
+    close_room(&m);
+}
+
+/* Who relays is sent no value with an offer; and takes none. */
+static void test_values_and_relays(void) {
+    room m = open_room();
+    raw *home = raw_join(m.l->address, 0), *user;
+    bytes b;
+    frame f;
+    task t;
+    b.size = 0;
+    netchan *send = raw_give_end(&m, home, FAR, 7, 0);
+    start_send(&t, send, netchan_str("hello"), 1, NETCHAN_FOREVER);
+    EXPECT(home, &f, OFFER, 7);
+    uint64_t entry = get_number(&f);
+    get_number(&f);
+    CHECK_INT(get_number(&f), FIRM);
+    CHECK_INT(get_number(&f), 6);
+    CHECK_INT(f.at, f.size);
+    PUT(&b, CLAIM, entry, 5, FINAL, 0);
+    raw_say(home, &b);
+    EXPECT(home, &f, GRANT, 5, 6);
+    check_rest(&f, "\105hello", 6);
+    PUT(&b, ACCEPT, entry, 0);
+    raw_say(home, &b);
+    CHECK_INT(end_task(&t), NETCHAN_OK);
+    user = raw_join(m.l->address, 0);
+    end s = raw_get_end(&m, user, netchan_sender(send));
+    CHECK_INT(s.flags, FAR);
+    PUT_VALUE(&b, OFFER, "\5", s.id, 9, 9, FIRM | HERE, 1);
+    check_breach(&m, user, &b, "does not exist");
+    check_quiet(home);
+    netchan_free(send);
+    raw_close(home);
+    close_room(&m);
+}
+
+/* A question for a name, and the answer. */
+static void put_import(bytes *b, uint64_t number, unsigned flags, const char *name, size_t size) {
+    put_frame(b, IMPORT, (uint64_t[]){number, flags}, 2, name, size);
+}
+
+static void test_names_that_are_asked_for(void) {
+    static char longest[256];
+    room m = open_room();
+    raw *r = raw_join(m.l->address, 0);
+    bytes b;
+    frame f;
+    netchan *ch = netchan_make(4);
+    memset(longest, 'x', 255);
+    b.size = 0;
+    CHECK_INT(netchan_export(m.l, "jobs", ch, NETCHAN_SENDER), NETCHAN_OK);
+    put_import(&b, 1, 0, "jobs", 4);
+    raw_say(r, &b);
+    EXPECT(r, &f, IMPORTED, 1, 0);
+    end e = get_name(&f);
+    CHECK_INT(f.at, f.size);
+    CHECK_INT(e.flags, 0);
+    CHECK_INT(e.capacity, 4);
+    PUT_VALUE(&b, OFFER, "\5", e.id, 1, 1, FIRM | HERE, 1);
+    raw_say(r, &b);
+    EXPECT(r, &f, ACCEPT, 1, 0);
+    put_import(&b, 2, RECEIVES, "jobs", 4); /* not that way */
+    put_import(&b, 3, TRY, "job", 3);       /* no such name */
+    put_import(&b, 4, TRY, "jobss", 5);
+    put_import(&b, 5, TRY, "jobs", 4); /* the same end */
+    raw_say(r, &b);
+    EXPECT(r, &f, IMPORTED, 2, 2);
+    CHECK_INT(f.at, f.size);
+    EXPECT(r, &f, IMPORTED, 3, 1);
+    EXPECT(r, &f, IMPORTED, 4, 1);
+    EXPECT(r, &f, IMPORTED, 5, 0);
+    CHECK_INT(get_name(&f).id, e.id);
+    put_import(&b, 6, RECEIVES, longest, 255); /* they wait; one gives up */
+    put_import(&b, 7, RECEIVES, "later", 5);
+    put_import(&b, 8, RECEIVES, "later", 5);
+    PUT(&b, FORGET, 7);
+    PUT(&b, FORGET, 99);
+    raw_say(r, &b);
+    check_quiet(r);
+    CHECK_INT(netchan_export(m.l, "later", ch, NETCHAN_RECEIVER), NETCHAN_OK);
+    EXPECT(r, &f, IMPORTED, 8, 0);
+    end later = get_name(&f);
+    CHECK_INT(later.flags, RECEIVES);
+    CHECK_INT(netchan_export(m.l, longest, ch, NETCHAN_SENDER), NETCHAN_OK);
+    EXPECT(r, &f, IMPORTED, 6, 2);
+    check_quiet(r);
+
+    CHECK_INT(netchan_unexport(m.l, "jobs"), NETCHAN_OK); /* taken back */
+    EXPECT(r, &f, GONE, e.id);
+    PUT_VALUE(&b, OFFER, "\5", e.id, 2, 2, FIRM | HERE, 1); /* who had not heard yet */
+    put_import(&b, 9, TRY, "jobs", 4);
+    PUT(&b, CLOSE, e.id);
+    raw_say(r, &b);
+    EXPECT(r, &f, IMPORTED, 9, 1);
+    check_quiet(r);
+    CHECK_INT(netchan_len(ch), 1);
+    CHECK_INT(netchan_send(ch, netchan_int(1), NETCHAN_NOWAIT), NETCHAN_OK); /* it is not closed */
+    PUT(&b, DROP, e.id, 2, 0);
+    raw_say(r, &b);
+    CHECK_INT(netchan_export(m.l, "jobs", ch, NETCHAN_SENDER), NETCHAN_OK);
+    put_import(&b, 10, 0, "jobs", 4);
+    raw_say(r, &b);
+    EXPECT(r, &f, IMPORTED, 10, 0);
+    CHECK(get_name(&f).id != e.id);
+    for (int i = 0; i < 3; i++) {
+        const char *reason = "name";
+        if (i == 0) put_import(&b, 11, 0, "", 0);
+        if (i == 1) put_import(&b, 12, 0, longest, 256); /* with its NUL */
+        if (i == 2) put_import(&b, 13, 0, "a\0b", 3);
+        if (i) r = raw_join(m.l->address, 0);
+        check_breach(&m, r, &b, reason);
+    }
+    netchan_free(ch);
+    close_room(&m);
+}
+
+typedef struct asking {
+    netchan_link *link;
+    const char *name;
+    enum netchan_type type;
+    int timeout_ms, result;
+    netchan *ch;
+} asking;
+
+static void *run_asking(void *arg) {
+    asking *a = (asking *)arg;
+    a->result = netchan_import(a->link, a->name, a->type, &a->ch, a->timeout_ms);
+    return NULL;
+}
+
+static pthread_t start_asking(asking *a, netchan_link *link, const char *name, enum netchan_type type, int timeout_ms) {
+    asking all = {link, name, type, timeout_ms, 99, NULL};
+    *a = all;
+    return test_start(run_asking, a);
+}
+
+static void put_imported(bytes *b, uint64_t number, unsigned answer, unsigned flags, uint64_t id) {
+    bytes name;
+    name.size = 0;
+    if (answer == 0) put_name(&name, flags, id, 0);
+    put_frame(b, IMPORTED, (uint64_t[]){number, answer}, 2, name.data, name.size);
+}
+
+/* This process asks a foreign implementation. */
+static void test_names_that_we_ask_for(void) {
+    door d = open_door();
+    call c;
+    frame f;
+    bytes b;
+    asking a;
+    b.size = 0;
+    start_call(&c, &d, 0, LONG);
+    raw *r = raw_admit(&d, 0);
+    test_join(c.thread);
+    CHECK(c.link);
+    for (int i = 0; i < 7; i++) {
+        bool receives = i % 2, is_try = i == 2 || i == 3;
+        enum netchan_type type = receives ? NETCHAN_RECEIVER : NETCHAN_SENDER;
+        pthread_t thread = start_asking(&a, c.link, "jobs", type, is_try ? 0 : i == 5 ? SHORT : LONG);
+        next_frame(r, &f, IMPORT);
+        CHECK_INT(f.type, IMPORT);
+        uint64_t number = get_number(&f);
+        CHECK(number != 0);
+        CHECK_INT(get_number(&f), (receives ? RECEIVES : 0u) | (is_try ? TRY : 0u));
+        check_rest(&f, "jobs", 4);
+        if (i == 4) put_imported(&b, number + 1000, 0, 0, 50); /* what nobody has asked for is let go of */
+        if (i < 2 || i == 4) put_imported(&b, number, 0, receives, 20 + (uint64_t)i);
+        if (i == 2) put_imported(&b, number, 1, 0, 0);
+        if (i == 3 || i == 6) put_imported(&b, number, 2, 0, 0);
+        raw_say(r, &b);
+        test_join(thread);
+        if (i < 2 || i == 4) {
+            CHECK_INT(a.result, NETCHAN_OK);
+            if (i == 4) EXPECT(r, &f, DROP, 50, 1, 0);
+            netchan_free(a.ch);
+            do next_frame(r, &f, DROP);
+            while (f.type == FORGET); /* may be said of what was answered, too */
+            CHECK_INT(f.type, DROP);
+            CHECK_INT(get_number(&f), 20 + (uint64_t)i);
+        } else CHECK(!a.ch);
+        if (i == 2) CHECK_INT(a.result, NETCHAN_ETIMEDOUT);
+        if (i == 3 || i == 6) CHECK_INT(a.result, NETCHAN_ETYPE);
+        if (i != 5) continue;
+        CHECK_INT(a.result, NETCHAN_ETIMEDOUT);
+        EXPECT(r, &f, FORGET, number);
+        put_imported(&b, number, 0, RECEIVES, 60); /* it was on its way */
+        raw_say(r, &b);
+        EXPECT(r, &f, DROP, 60, 1, 0);
+    }
+    check_quiet(r);
+    static const struct {
+        unsigned answer, flags;
+        bool named;
+    } lies[] = {{0, 0, false}, {1, 0, true}, {3, 0, false}, {0, YOURS, true}};
+    for (size_t i = 0; i < sizeof lies / sizeof *lies; i++) {
+        bytes name;
+        name.size = 0;
+        if (lies[i].named) put_name(&name, lies[i].flags, 9, 0);
+        put_frame(&b, IMPORTED, (uint64_t[]){77, lies[i].answer}, 2, name.data, name.size);
+        raw_say(r, &b);
+        raw_wait_closed(r);
+        raw_close(r);
+        wait_event(c.link, "lost", "name");
+        r = raw_admit(&d, 0);
+        check_quiet(r);
+    }
+    raw_close(r);
+    end_call(&c, &d);
+}
+
+/* A peer that takes few ends is not given more. */
+static void test_few_ends(void) {
+    room m = open_room();
+    greeting g = good_greeting();
+    g.max_ends = 1;
+    raw *r = raw_enter(m.l->address);
+    raw_greet(r, &g);
+    bytes b;
+    frame f;
+    task t;
+    netchan *ch = netchan_make(0), *other = netchan_make(0);
+    netchan_value two[2] = {netchan_sender(ch), netchan_sender(other)};
+    b.size = 0;
+    end e = raw_get_end(&m, r, netchan_sender(ch));
+    uint64_t entry = next_entry();
+    PUT(&b, DEMAND, 1, entry, entry, FIRM, 0);
+    raw_say(r, &b);
+    check_quiet(r);
+    start_send(&t, m.l->send, netchan_sender(other), 1, LONG); /* it waits until there is room */
+    check_quiet(r);
+    PUT(&b, DROP, e.id, 1, 0);
+    raw_say(r, &b);
+    EXPECT(r, &f, CLAIM, entry);
+    PUT(&b, GRANT, get_number(&f), 0);
+    raw_say(r, &b);
+    CHECK_INT(end_task(&t), NETCHAN_OK);
+    CHECK_INT(netchan_send(m.l->send, netchan_array(two, 2), SHORT), NETCHAN_ETIMEDOUT); /* the good peer could take it */
+    netchan *end_there = raw_give_end(&m, r, 0, 9, 0);
+    CHECK_INT(netchan_send(end_there, netchan_array(two, 2), LONG), NETCHAN_ETOOBIG);
+    netchan_free(end_there);
+    EXPECT(r, &f, DROP, 9, 1, 0);
+    check_quiet(r);
+    raw_close(r);
+    netchan_free(ch);
+    netchan_free(other);
+    close_room(&m);
+}
+
 int main(int argc, char **argv) {
     static const test_entry tests[] = {
         TEST(no_tls_at_all),
@@ -2361,6 +3389,18 @@ int main(int argc, char **argv) {
         TEST(what_a_refusal_says_is_cleaned),
         TEST(values_that_come_back),
         TEST(a_dialler_gets_values_back),
+        TEST(a_foreign_home),
+        TEST(a_foreign_home_closes),
+        TEST(foreign_ends),
+        TEST(drops),
+        TEST(lies_about_ends),
+        TEST(declined_by_a_relay),
+        TEST(relayed_operations),
+        TEST(a_relay_between_foreigners),
+        TEST(values_and_relays),
+        TEST(names_that_are_asked_for),
+        TEST(names_that_we_ask_for),
+        TEST(few_ends),
         TEST_END,
     };
     return test_main(argc, argv, tests);
