@@ -1,23 +1,24 @@
 /* pool: the words of files, counted by whoever comes to help. The boss hands out blocks of lines, workers answer how often each
- * word is in them. Workers may come and go at any time, also by kill -9: what one had not answered goes to another.
+ * word is in them, by the channel that came with the task. Workers may come and go at any time, also by kill -9: then that
+ * channel ends with ELOST, and the task goes to another.
  *
  *     cc -O2 examples/pool.c -o pool -I. -lmbedtls -lmbedx509 -lmbedcrypto -lpthread
  *
  *     export NETCHAN_KEY=$(./pool key)     # the same on all machines
  *     ./pool boss :7000 FILE...            # on one
- *     ./pool work boss:7000                # on as many as there are
+ *     ./pool work boss:7000 [PAUSE_MS]     # on as many as there are; one that pauses before each task helps less
  */
 #define NETCHAN_IMPLEMENTATION
 #include "netchan.h"
 
 #include <ctype.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
-enum { LINES_PER_TASK = 64, TOP = 10, PATIENCE_MS = 10000 };
+enum { LINES_PER_TASK = 64, HANDS = 64, TOP = 10, PATIENCE_MS = 10000 };
 
 static void fail(const char *why) {
     fprintf(stderr, "pool: %s\n", why);
@@ -84,64 +85,51 @@ static uint64_t count_words(table *t, char *text, size_t size) {
     return words;
 }
 
-/* Lets the case happen and returns its result. The library dials a lost boss again, we end when that was in vain for too long. */
-static int wait_for(netchan_link *link, netchan_case what) {
-    static int timeout_ms = NETCHAN_FOREVER;
-    for (;;) {
-        netchan_value event;
-        netchan_case c[] = {what, netchan_case_recv(link->events, &event)};
-        int i = netchan_select(c, 2, timeout_ms);
-        if (i < 0) fail(i == NETCHAN_ETIMEDOUT ? "the boss is gone" : netchan_errmsg());
-        if (i == 0) return c[0].result;
-        const char *name = netchan_as_str(netchan_get(&event, "event"), "");
-        if (strcmp(name, "up") == 0 || strcmp(name, "resumed") == 0) timeout_ms = NETCHAN_FOREVER;
-        if (strcmp(name, "down") == 0) timeout_ms = PATIENCE_MS;
-        netchan_clear(&event);
-    }
-}
-
-/* Does a task, {id, text}, and sends {id, words, counts: {word: count, ...}}. If that is lost, the boss asks somebody else. */
-static void answer(netchan_link *link, const netchan_value *task) {
+/* Does a task, {text, reply}, and answers {words, counts: {word: count, ...}} by the channel that came with it. */
+static int answer(const netchan_value *task) {
     size_t size;
     const void *data = netchan_as_block(netchan_get(task, "text"), NETCHAN_BYTES, &size);
-    if (!data) fail("the boss sent something that is not a task");
+    netchan *reply = netchan_as_chan(netchan_get(task, "reply"));
+    if (!data || !reply) fail("the boss sent something that is not a task");
     char *text = memcpy(resize(NULL, size, 1), data, size);
     text[size] = '\0';
     table t = {NULL, 0, 0};
     uint64_t words = count_words(&t, text, size);
     table_pack(&t);
 
-    netchan_entry reply[] = {{"id", netchan_uint(netchan_as_uint(netchan_get(task, "id"), 0))},
-                             {"words", netchan_uint(words)},
-                             {"counts", netchan_map(t.entries, t.used)}};
-    wait_for(link, netchan_case_send(link->send, netchan_map(reply, 3)));
+    netchan_entry counted[] = {{"words", netchan_uint(words)}, {"counts", netchan_map(t.entries, t.used)}};
+    int result = netchan_send(reply, netchan_map(counted, 2), NETCHAN_FOREVER);
     free(t.entries);
     free(text);
+    return result;
 }
 
-static int work(netchan_link *link) {
-    for (int result = NETCHAN_OK; result != NETCHAN_ECLOSED;) { /* closed: the boss has no more tasks */
-        netchan_value task;
-        result = wait_for(link, netchan_case_recv(link->recv, &task));
-        if (result == NETCHAN_OK) answer(link, &task), netchan_clear(&task);
+/* The library dials a boss that is gone again; the worker ends when that was in vain for too long. */
+static int work(netchan_link *link, int pause_ms) {
+    int result, timeout_ms = NETCHAN_FOREVER;
+    netchan_value task;
+    while ((result = netchan_recv(link->recv, &task, timeout_ms)) != NETCHAN_ECLOSED) { /* closed: no more tasks */
+        if (result != NETCHAN_OK && result != NETCHAN_ELOST) fail("the boss is gone");
+        if (result == NETCHAN_OK) netchan_select(NULL, 0, pause_ms), result = answer(&task);
+        timeout_ms = result == NETCHAN_OK ? NETCHAN_FOREVER : PATIENCE_MS;
+        netchan_clear(&task);
     }
     netchan_hangup(link, NULL);
     return 0;
 }
 
-/* ---- The boss: one thread, one select ---- */
+/* ---- The boss: threads, its hands, that give a task away and wait for the answer; and one that merges the answers ---- */
 
 typedef struct {
     char *text;
     size_t size;
-    uint64_t peer; /* who has it; 0: it waits in the queue */
-    bool answered;
 } task;
 
 static task *tasks;
-static size_t count, next, answered, again, lines, workers; /* no task before tasks[next] waits */
-static uint64_t first_id, words;
+static size_t count, next, answered, again, lines, workers;
+static uint64_t words;
 static table merged;
+static netchan *to_workers, *todo, *answers; /* todo: numbers of tasks, for the hands */
 
 /* Cuts a file into tasks. */
 static void read_file(const char *path) {
@@ -165,15 +153,41 @@ static void read_file(const char *path) {
     fclose(file);
 }
 
-/* Each task counts once, whoever answers it first. */
-static void merge(const netchan_value *reply) {
-    uint64_t i = netchan_as_uint(netchan_get(reply, "id"), 0) - first_id;
-    const netchan_value *counts = netchan_get(reply, "counts");
-    if (i >= count || tasks[i].answered || counts->type != NETCHAN_MAP) return;
-    tasks[i].answered = true;
+/* Gives a task away and waits for the answer; false: who had it is gone. Each try has a channel of its own for the reply: what
+ * comes late to an earlier one comes to nobody, and each task counts once. */
+static bool try_task(size_t number, netchan_value *answer) {
+    netchan *reply = netchan_make(1);
+    if (!reply) fail(netchan_errmsg());
+    netchan_entry message[] = {{"text", netchan_bytes(tasks[number].text, tasks[number].size)},
+                               {"reply", netchan_sender(reply)}};
+    int sent = netchan_send(to_workers, netchan_map(message, 2), NETCHAN_FOREVER); /* OK: a worker has it; EUNKNOWN: perhaps */
+    int result = sent == NETCHAN_OK ? netchan_recv(reply, answer, NETCHAN_FOREVER) : sent;
+    netchan_free(reply);
+    if (result == NETCHAN_OK) return true;
+    if (result != NETCHAN_ELOST && result != NETCHAN_EUNKNOWN)
+        fail(result == NETCHAN_ETOOBIG ? "a line is too long" : netchan_strerror(result));
+    __atomic_add_fetch(&again, 1, __ATOMIC_RELAXED);
+    fprintf(stderr, "%spool: task %zu is sent again: its %s ended with %s\n", isatty(STDERR_FILENO) ? "\r" : "", number,
+            sent == NETCHAN_OK ? "reply" : "send", result == NETCHAN_ELOST ? "ELOST" : "EUNKNOWN");
+    return false;
+}
+
+static void *hand(void *arg) {
+    for (netchan_value number, answer; netchan_recv(todo, &number, NETCHAN_FOREVER) == NETCHAN_OK; netchan_clear(&number)) {
+        size_t n = (size_t)netchan_as_uint(&number, 0);
+        while (!try_task(n, &answer)) continue;
+        netchan_send(answers, answer, NETCHAN_FOREVER);
+        netchan_clear(&answer);
+        free(tasks[n].text);
+    }
+    return arg;
+}
+
+static void merge(const netchan_value *answer) {
+    const netchan_value *counts = netchan_get(answer, "counts");
+    if (counts->type != NETCHAN_MAP) fail("a worker sent something that is not an answer");
     answered++;
-    free(tasks[i].text);
-    words += netchan_as_uint(netchan_get(reply, "words"), 0);
+    words += netchan_as_uint(netchan_get(answer, "words"), 0);
     const netchan_entry *in = counts->as.block.data, *end = in + netchan_count(counts);
     for (; in < end; in++) {
         netchan_entry *e = table_add(&merged, in->key, netchan_as_uint(&in->value, 0));
@@ -183,17 +197,8 @@ static void merge(const netchan_value *reply) {
 
 static void happened(const netchan_value *event) {
     const char *name = netchan_as_str(netchan_get(event, "event"), "");
-    bool up = strcmp(name, "up") == 0, gone = strcmp(name, "lost") == 0 || strcmp(name, "drained") == 0;
-    bool dropped = netchan_as_uint(netchan_get(event, "dropped"), 0) > 0; /* then anybody may be gone */
-    uint64_t peer = netchan_as_uint(netchan_get(event, "peer"), 0);
-    workers += up;
-    workers -= gone && workers > 0;
-    for (size_t i = 0; (gone || dropped) && i < count; i++)
-        if (tasks[i].peer && !tasks[i].answered && (dropped || tasks[i].peer == peer)) {
-            tasks[i].peer = 0;
-            if (i < next) next = i;
-            again++;
-        }
+    workers += strcmp(name, "up") == 0;
+    workers -= workers > 0 && (strcmp(name, "lost") == 0 || strcmp(name, "drained") == 0);
 }
 
 static void show_progress(void) {
@@ -208,36 +213,18 @@ static void show_progress(void) {
 }
 
 static void hand_out_all(netchan_link *link) {
-    while (show_progress(), answered < count) {
-        while (next < count && (tasks[next].peer || tasks[next].answered)) next++;
-        task t = {NULL, 0, 0, false};
-        if (next < count) t = tasks[next];
-        netchan_entry message[] = {{"id", netchan_uint(first_id + next)}, {"text", netchan_bytes(t.text, t.size)}};
-        netchan_value reply, event;
-        netchan_case c[] = {netchan_case_send(t.text ? link->send : NULL, netchan_map(message, 2)), /* NULL: never ready */
-                            netchan_case_recv(link->recv, &reply), netchan_case_recv(link->events, &event)};
+    for (netchan_value v = netchan_nil(); show_progress(), answered < count; netchan_clear(&v)) {
+        netchan_case c[] = {netchan_case_send(next < count ? todo : NULL, netchan_uint(next)), /* NULL: never ready */
+                            netchan_case_recv(answers, &v), netchan_case_recv(link->events, &v)};
         switch (netchan_select(c, 3, NETCHAN_FOREVER)) {
-        case 0:
-            if (c[0].result == NETCHAN_OK) tasks[next].peer = c[0].peer.id;
-            else if (c[0].result == NETCHAN_ETOOBIG) fail("a line is too long");
-            else again++; /* lost on the way, and still the next */
-            break;
-        case 1: merge(&reply), netchan_clear(&reply); break;
-        case 2: happened(&event), netchan_clear(&event); break;
+        case 0: next++; break;
+        case 1: merge(&v); break;
+        case 2: happened(&v); break;
         default: fail(netchan_errmsg());
         }
     }
-}
-
-/* Sends the workers home. One that is still busy with what another has answered is heard out. */
-static void dismiss_all(netchan_link *link) {
-    netchan_close(link->send);
-    for (int i = 0; workers > 0 && i >= 0;) {
-        netchan_value event;
-        netchan_case c[] = {netchan_case_recv(link->recv, NULL), netchan_case_recv(link->events, &event)};
-        if ((i = netchan_select(c, 2, 2000)) == 1) happened(&event), netchan_clear(&event);
-    }
-    netchan_hangup(link, NULL);
+    netchan_close(todo);
+    netchan_close(link->send); /* sends the workers home */
 }
 
 static int by_count(const void *a, const void *b) {
@@ -247,10 +234,16 @@ static int by_count(const void *a, const void *b) {
 }
 
 static int boss(netchan_link *link, int files) {
+    pthread_t hands[HANDS];
     printf("listening on %s\n", link->address);
     fflush(stdout);
+    to_workers = link->send, todo = netchan_make(0), answers = netchan_make(0);
+    if (!todo || !answers) fail(netchan_errmsg());
+    for (int i = 0; i < HANDS; i++)
+        if (pthread_create(&hands[i], NULL, hand, NULL) != 0) fail("cannot start a thread");
     hand_out_all(link);
-    dismiss_all(link);
+    for (int i = 0; i < HANDS; i++) pthread_join(hands[i], NULL);
+    netchan_hangup(link, NULL);
     table_pack(&merged);
     if (merged.used > 0) qsort(merged.entries, merged.used, sizeof *merged.entries, by_count);
     for (size_t i = 0; i < merged.used && i < TOP; i++)
@@ -268,11 +261,9 @@ int main(int argc, char **argv) {
         if (netchan_keygen(key, sizeof key) != NETCHAN_OK) fail(netchan_errmsg());
         return puts(key), 0;
     }
-    if (!leads && !(strcmp(role, "work") == 0 && argc == 3))
-        return fprintf(stderr, "usage: pool key | pool boss ADDRESS FILE... | pool work ADDRESS\n"), 2;
-
-    first_id = (uint64_t)time(NULL) << 32; /* so that a late answer to an earlier boss is none to this one */
-    for (int i = 3; i < argc; i++) read_file(argv[i]);
+    if (!leads && !(strcmp(role, "work") == 0 && (argc == 3 || argc == 4)))
+        return fprintf(stderr, "usage: pool key | pool boss ADDRESS FILE... | pool work ADDRESS [PAUSE_MS]\n"), 2;
+    for (int i = 3; leads && i < argc; i++) read_file(argv[i]);
 
     netchan_options o = {0};
     o.shared_key = getenv("NETCHAN_KEY");
@@ -280,5 +271,5 @@ int main(int argc, char **argv) {
     o.resume_ms = 1000; /* a link may break, but what a dead worker has not answered must not wait long for it */
     netchan_link *link = leads ? netchan_listen(argv[2], &o) : netchan_dial(argv[2], &o);
     if (!link) fail(netchan_errmsg());
-    return leads ? boss(link, argc - 3) : work(link);
+    return leads ? boss(link, argc - 3) : work(link, argc == 4 ? atoi(argv[3]) : 0);
 }

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Usage: demo.sh FILE..., from `make demo`. examples/pool.c at work over TLS: a boss and three workers count the words of the files;
-# after a third of them one worker is killed with kill -9; the total must be that of wc. POOL is the program.
+# after a third of them one worker is killed with kill -9 in the middle of a task: the boss must see ELOST on the task's reply and send
+# it again; the total must be that of wc. POOL is the program.
 POOL=${POOL:-build/pool}
 dir=$(mktemp -d) || exit 1
 pids=
@@ -21,7 +22,7 @@ expect() {
 	status=$?
 	[ "$status" -eq "$1" ] || fail "$2 ended with $status instead of $1. $(cat "$dir/$2" 2>/dev/null)"
 }
-# too_late FILE...: they were done before the kill. Once more, with all of them twice.
+# too_late FILE...: they were done before the kill, or the worker was between two tasks. Once more, with all of them twice.
 too_late() {
 	run=${DEMO_RUN:-1}
 	[ "$run" -lt 4 ] || fail "no worker was killed in the middle"
@@ -47,33 +48,34 @@ boss=$! pids=$!
 exec 3<"$dir/out" 4<"$dir/err"
 read -r line <&3 || fail "the boss did not start: $(cat <&4)"
 work() {
-	"$POOL" work "${line#listening on }" 2>"$dir/$1" &
+	"$POOL" work "${line#listening on }" $2 2>"$dir/$1" &
 	pids="$pids $!"
 }
 work worker1
 worker1=$!
-work worker2
+work worker2 1000 # slow, so that it has a task in hand
 worker2=$!
 work worker3
 worker3=$!
 
-# Each line is like `pool: 12% (tasks 25/208), 3 workers`. That the kill did not come too late is seen when the boss, before it is
-# done, says that two workers are left.
-killed=0 noticed=0
+# Each line is like `pool: 12% (tasks 25/208), 3 workers`, or says that a task is sent again.
+killed=0 again=0
 while read -r line <&4; do
 	percent=${line#pool: } percent=${percent%%%*} workers=${line##*, } workers=${workers% workers}
-	case $percent$workers in *[!0-9]* | '') fail "$line" ;; esac
-	if [ -t 1 ]; then printf '\r%s  ' "$line"; elif [ $((percent % 10)) -eq 0 ]; then echo "$line"; fi
+	case $line in
+	"pool: task "*" is sent again: its reply ended with ELOST") percent=0 again=1 ;;
+	*) case $percent$workers in *[!0-9]* | '') fail "$line" ;; esac ;;
+	esac
+	if [ -t 1 ] && [ "$percent" -gt 0 ]; then printf '\r%s  ' "$line"; elif [ $((percent % 10)) -eq 0 ]; then echo "$line"; fi
 	if [ "$killed" -eq 0 ] && [ "$percent" -ge 34 ] && [ "$workers" -eq 3 ]; then
 		kill -9 "$worker2" && killed=1
 	fi
-	if [ "$killed" -eq 1 ] && [ "$percent" -lt 100 ] && [ "$workers" -eq 2 ]; then noticed=1; fi
 done
 if [ -t 1 ]; then echo; fi
 cat <&3 >"$dir/result"
 
 expect 0 boss "$boss"
-[ "$noticed" -eq 1 ] || too_late "$@"
+[ "$again" -eq 1 ] || too_late "$@"
 expect 0 worker1 "$worker1"
 expect 137 worker2 "$worker2"
 expect 0 worker3 "$worker3"
@@ -81,5 +83,5 @@ pids=
 cat "$dir/result"
 [ "$(field lines)" = "$lines" ] || fail "wc counts $lines lines"
 [ "$(field words)" = "$words" ] || fail "wc counts $words words"
-echo "demo: files=$# lines=$lines words=$words workers=3 killed=$killed lost=$((words - $(field words)))" \
+echo "demo: files=$# lines=$lines words=$words workers=3 killed=$killed again=$(field again) lost=$((words - $(field words)))" \
 	"seconds=$(($(date +%s) - start)): ok"
