@@ -86,9 +86,9 @@
  *   passed on to a third process is relayed by the second, and works as long as that lives and both links' sessions
  *   last. A send through an end takes one round trip, also into a buffer.
  *
- *   When a session is lost, or said farewell, its ends lead nowhere: what waits on them ends with ELOST (EUNKNOWN, where
- *   only the other side knew), and so does all that comes later. Where the channel was made, receives end with ELOST
- *   once it is empty and all its sender ends are gone, of which at least one was lost; sends likewise, when the
+ *   When a session is lost, or said farewell, its ends lead nowhere: what waits on them ends with ELOST (EUNKNOWN,
+ *   where only the other side knew), and so does all that comes later. Where the channel was made, receives end with
+ *   ELOST once it is empty and all its sender ends are gone, of which at least one was lost; sends likewise, when the
  *   receiver ends are. Giving away another end, or a name (netchan_export()), ends that. Who closes or frees an end
  *   in good order loses nobody.
  *
@@ -107,18 +107,19 @@
  *   no value is taken from a select that chose another case. While a link is down, an operation that is not being
  *   committed over it goes on elsewhere: its other cases can happen, and its time ends it as usual. One that is being
  *   committed with the process behind the broken link is decided when the link is back, or when its session is lost:
- *   then a receive ends with ELOST and did not happen; a send ends with ELOST if its value certainly did not arrive, and
- *   with EUNKNOWN if it may have. So under partition nothing is ever taken twice and no OK is ever taken back; what is
- *   given up is that the two sides of one commit learn of it at the same time. Not promised: durability (a channel lives in memory),
- *   order across different senders or receivers, and anything once a process dies beyond the truthful result.
+ *   then a receive ends with ELOST and did not happen; a send ends with ELOST if its value certainly did not arrive,
+ *   and with EUNKNOWN if it may have. So under partition nothing is ever taken twice and no OK is ever taken back;
+ *   what is given up is that the two sides of one commit learn of it at the same time. Not promised: durability (a
+ *   channel lives in memory), order across different senders or receivers, and anything once a process dies beyond
+ *   the truthful result.
  *
  * SECURITY
  *
- *   TLS 1.3 only, with forward secrecy. Exactly one of options.shared_key, .pin and .insecure says whom to trust; with
- *   the first two both sides prove themselves before the first value. Keys are never logged and are wiped after use.
- *   What a peer can make this process hold is bounded by max_memory, max_message, max_ops and max_ends, and as much again for
- *   what it is sent and does not read; max_peers and a deadline bound what strangers can. A session goes on only over
- *   a link whose other side has the same key as before and knows a secret of that session.
+ *   TLS 1.3 only, with forward secrecy. Exactly one of options.shared_key, .pin and .insecure says whom to trust;
+ *   with the first two both sides prove themselves before the first value. Keys are never logged and are wiped after
+ *   use. What a peer can make this process hold is bounded by max_memory, max_message, max_ops and max_ends, and as
+ *   much again for what it is sent and does not read; max_peers and a deadline bound what strangers can. A session
+ *   goes on only over a link whose other side has the same key as before and knows a secret of that session.
  *
  * WIRE
  *
@@ -139,10 +140,10 @@
  *   left.
  *
  *   The name of a channel end is a byte of flags, a number and a capacity (8 bytes each, little-endian). Flags: 1 it
- *   may receive, else send; 2 the channel, or the end of it that was passed on, is the reader's, who named it so; else the
- *   writer's, and then: 4 the writer's is an end, too, so the writer relays; 8 it is closing; 16 closed; 32 gone. The
- *   side whose channel it is numbers what it gives away, from 2 on, both directions of a channel apart; the same number
- *   is the same end.
+ *   may receive, else send; 2 the channel, or the end of it that was passed on, is the reader's, who named it so;
+ *   else the writer's, and then: 4 the writer's is an end, too, so the writer relays; 8 it is closing; 16 closed; 32
+ *   gone. The side whose channel it is numbers what it gives away, from 2 on, both directions of a channel apart; the
+ *   same number is the same end.
  *
  *   Frames: LENGTH (varint, of what follows), TYPE (one byte), fields (varints unless said otherwise). Frames longer
  *   than 16,384 bytes, with LENGTH, are refused. D is the dialling side, L the listening side. Channel 0 goes from D
@@ -178,7 +179,8 @@
  *     12 WITHDRAW entry          E: this entry no longer waits (a DECLINE may follow it)
  *     13 GRANT match, size, [value]    E: the claim is accepted; a sender's carries the value
  *     14 DECLINE match, n        E: the claim is refused, its entry is gone. n is 1 from who relayed a value to a
- *               process that was lost and may have taken it; then, and with 0 when it has not got it, also in answer to COMMIT
+ *               process that was lost and may have taken it; then, and with 0 when it has not got it, also in answer
+ *               to COMMIT
  *     15 TAKEN match             E: the value of a COMMIT is taken
  *     16 DATA channel, value     D: a value within credit, channel 0
  *     17 CLOSE channel           E: no more values
@@ -205,7 +207,8 @@
  *               process that was lost. Entries that are not in negotiation were ended before
  *     2b IMPORTED n, flags, [end (17 bytes)]    the answer to IMPORT. flags: 0 here is the end, 1 no such name, 2 it is
  *               exported in the other direction
- *     Entry and match numbers are not 0; OFFER and DEMAND share one space of entries. A final CLAIM to a receive
+ *     Who gives ends away keeps to the other side's max_ends as it knows it when it matches a value; more than twice as
+ *     many are a breach. Entry and match numbers are not 0; OFFER and DEMAND share one space of entries. A final CLAIM to a receive
  *     carries its value, if that is no large one, and its GRANT ends the match; else COMMIT brings it, and TAKEN
  *     follows. A GRANT for a receive has size 0. The values of all OFFERs with flag 8 may count max_memory / 96 bytes.
  *     A CLAIM that is not answered for six times ping_ms and twice resume_ms of H, while its link is up, is a breach;
@@ -474,7 +477,7 @@ NETCHANDEF void netchan_free(netchan *ch);
 
 /* Sends a copy of v. Returns OK when a receiver took it (capacity 0) or the buffer did; ETIMEDOUT, ECLOSED; ENOMEM;
  * EINVAL for a receiver end, for what cannot be a value, or when v holds an end in the wrong direction; ETOOBIG when v
- * is larger than the peer takes, or holds ends and the peer has max_ends of ours; ELOST when the other side of the
+ * is larger than the peer takes, or holds more ends than it has room for (max_ends); ELOST when the other side of the
  * channel was lost, EUNKNOWN. With ch NULL it waits for timeout_ms, as in Go. */
 NETCHANDEF int netchan_send(netchan *ch, netchan_value v, int timeout_ms);
 /* Receives into *v; the caller clears it. v may be NULL to drop the value. On any result but OK *v is nil. Returns OK;
@@ -625,8 +628,8 @@ NETCHANDEF netchan_link *netchan_dial(const char *address, const netchan_options
 NETCHANDEF int netchan_hangup(netchan_link *link, netchan_report *report);
 
 /* Sends a copy of v to one peer of a listening link, before what link->send, or its own "send", has for it;
- * options.buffer values may wait for each. Returns as netchan_send(); ENOPEER at once when there is no such peer (any more), ELOST when it is lost
- * while the call waits. At a dialling link the one peer is the listener. */
+ * options.buffer values may wait for each. Returns as netchan_send(); ENOPEER at once when there is no such peer (any
+ * more), ELOST when it is lost while the call waits. At a dialling link the one peer is the listener. */
 NETCHANDEF int netchan_sendto(netchan_link *link, netchan_peer peer, netchan_value v, int timeout_ms);
 /* Sends a copy of v to each peer that is there now, as netchan_sendto() would, to all at the same time: a slow one
  * delays the call, but no other peer. *reached (may be NULL) tells how many took it, or have room for it in their
@@ -1834,7 +1837,8 @@ struct netchan__waiter {
     bool firm;             /* never declined: one case, no timeout */
     bool here;             /* the value is at home, and so the home's to match */
     bool withdrawn;        /* goes when its match falls through */
-    bool lost;             /* its process is gone */
+    bool lost;             /* its process is gone; at an end: its home, or that has ended it with `refused` */
+    int refused;
     bool starved;          /* there was no memory for it while its operation was engaged */
     bool held;             /* the call, or the remote operation, holds the channel */
     /* A claim on this waiter by a match at its home. */
@@ -1868,6 +1872,7 @@ typedef struct netchan__remote {
     bool carried;           /* the claim carried the value on */
     size_t size;            /* of that value */
     uint64_t waited;        /* as in a match */
+    size_t declined;        /* a receiver: the size of a value for which there was no room */
 } netchan__remote;
 
 struct netchan__op {
@@ -2060,7 +2065,8 @@ struct netchan__peer {
     size_t max_message, max_memory; /* our limits */
     size_t their_message, their_memory; /* theirs */
     size_t shipping;      /* at home: bytes of large values that are on their way to it */
-    size_t offered;       /* at an end: bytes in OFFERs not over; at home: the same, of theirs */
+    size_t offered;       /* at home: bytes of values in its OFFERs that are not over */
+    size_t offering;      /* at an end: in ours */
     size_t reserved;      /* bytes announced by fragments and not over */
     netchan__lane *lane;  /* at home: channel 0 */
     netchan *work;        /* at home: channel 1 */
@@ -2072,8 +2078,7 @@ struct netchan__peer {
     uint64_t last_export;
     size_t max_ends, their_ends; /* how many imports there may be; exports */
     size_t stored;        /* bytes of values that it sent and that are in buffers */
-    bool store_full;      /* something of it waits until there are fewer */
-    bool ends_full;       /* something for it waits until it drops ends */
+    bool waits;           /* one of its waiters waits for room: in a buffer, for a large value, for ends */
     bool no_redelivery;
     netchan__peer *next_peer, *prev_peer; /* in netchan__net.peers */
     bool leaving;         /* one side said farewell: nothing new begins with it */
@@ -2184,6 +2189,17 @@ static bool netchan__lane_room(netchan__lane *lane) {
 }
 
 static void netchan__mark_exports(netchan__peer *p);
+static void netchan__lane_changed(netchan__lane *lane);
+
+/* There is room for something of this peer again, or there. */
+static void netchan__has_room(netchan__peer *p) {
+    if (!p->waits) return;
+    p->waits = false;
+    for (size_t i = 0; i < p->waiters.cap; i++)
+        if (p->waiters.slots[i].key) netchan__mark_dirty(((netchan__waiter *)p->waiters.slots[i].item)->ch);
+    if (p->lane) netchan__lane_changed(p->lane);
+    if (p->direct) netchan__lane_changed(p->direct);
+}
 
 /* Counts what a slot occupies, for the lane and for the peer that sent the value; a peer with a lane of its own is
  * bounded by that. */
@@ -2193,9 +2209,7 @@ static void netchan__occupy(netchan__lane *lane, const netchan__slot *slot, bool
     if (slot->from && !lane->peer_number) p = (netchan__peer *)netchan__map_get(&netchan__net.by_number, slot->from);
     if (!p) return;
     p->stored += on ? slot->memory : 0 - slot->memory;
-    if (on || !p->store_full) return;
-    p->store_full = false;
-    netchan__mark_exports(p);
+    if (!on) netchan__has_room(p);
 }
 
 /* There is room, see netchan__lane_room(). The value is moved. memory: the bytes it occupies. */
@@ -2426,17 +2440,21 @@ static netchan__export *netchan__export_to(netchan__peer *p, netchan *ch, bool r
     return x;
 }
 
+/* Who had it was lost. Nobody waits for the peers of a link, or for who imports a name, in particular. */
+static void netchan__note_loss(netchan__export *x) {
+    if (!x->by_name && !x->ch->plain) *(x->receives ? &x->ch->receivers_lost : &x->ch->senders_lost) = true;
+}
+
 /* The peer has no end of it any more. lost: it did not let go of it. */
 static void netchan__drop_export(netchan__export *x, bool lost) {
     netchan *ch = x->ch;
     netchan__map_remove(&x->peer->exports, x->id);
     if (!x->revoked) netchan__map_remove(&x->peer->exported, x->key);
     NETCHAN__UNLINK(ch->exports, x, prev, next);
-    if (!x->by_name) {
-        *(x->receives ? &ch->receiver_ends : &ch->sender_ends) -= 1;
-        if (lost) *(x->receives ? &ch->receivers_lost : &ch->senders_lost) = true;
-    }
+    if (!x->by_name) *(x->receives ? &ch->receiver_ends : &ch->sender_ends) -= 1;
+    if (lost) netchan__note_loss(x);
     netchan__mark_dirty(ch);
+    netchan__has_room(x->peer);
     netchan_free(ch);
     NETCHAN_FREE(x);
 }
@@ -2492,10 +2510,11 @@ static void netchan__name_end(netchan__ends *e, const netchan_value *v, uint8_t 
 }
 
 static netchan *netchan__make_import(netchan__peer *p, unsigned kind, uint64_t id, uint64_t cap) {
-    bool known = id >= NETCHAN__FIRST_EXPORT && p->imports.count < p->max_ends && cap <= SIZE_MAX / 4;
+    bool known = id >= NETCHAN__FIRST_EXPORT && p->imports.count / 2 < p->max_ends && cap <= SIZE_MAX / 4;
     netchan *ch = known ? netchan_make((size_t)cap) : NULL;
     if (!known || !ch || !netchan__map_put(&p->imports, id, ch)) {
-        netchan__breach(p, known ? "out of memory for a channel it sent" : "it sent more channel ends than max_ends");
+        netchan__breach(p, known ? "out of memory for a channel it sent"
+                                 : "it sent far more channel ends than max_ends");
         NETCHAN_FREE(ch);
         return NULL;
     }
@@ -2582,7 +2601,7 @@ static size_t netchan__count_ends(const netchan_value *v) {
 /* Does the value hold more ends than the peer takes now? */
 static bool netchan__too_many_ends(netchan__peer *p, const netchan_value *v) {
     if (!netchan__has_ends(v) || netchan__count_ends(v) + p->exports.count <= p->their_ends) return false;
-    p->ends_full = true;
+    p->waits = true;
     return true;
 }
 
@@ -2743,7 +2762,9 @@ static bool netchan__can_ask(const netchan__waiter *s) {
     if (s->peer->down) return false;
     if (s->size <= NETCHAN__FRAGMENT) return true;
     size_t held = s->peer->reserved + s->lane->memory;
-    return held == 0 || held + s->size <= s->peer->max_memory / 2;
+    bool fits = held == 0 || held + s->size <= s->peer->max_memory / 2;
+    s->peer->waits |= !fits;
+    return fits;
 }
 
 /* May this sender's value enter the buffer? What a peer has in buffers is bounded. */
@@ -2751,7 +2772,7 @@ static bool netchan__may_store(netchan__waiter *s) {
     netchan__peer *p = s->op || s->lane->peer_number ? NULL : s->peer;
     size_t size = s->size > NETCHAN__FRAGMENT ? s->size : s->size * NETCHAN__SWELL; /* as netchan__can_ask() does */
     if (!p || !p->stored || p->stored + size <= p->max_memory / 2) return true;
-    p->store_full = true;
+    p->waits = true;
     return false;
 }
 
@@ -2766,7 +2787,8 @@ static bool netchan__fill(netchan__lane *lane) {
     bool moved = false;
     for (; netchan__slot_free(lane) && !lane->closing; moved = true) {
         netchan__waiter *s = lane->senders.head;
-        while (s && !(netchan__can_ask(s) && netchan__may_store(s) && netchan__may_pair(lane->ch, s, NULL))) s = s->next;
+        while (s && !(netchan__can_ask(s) && netchan__may_store(s) && netchan__may_pair(lane->ch, s, NULL)))
+            s = s->next;
         if (!s) break;
         if (netchan__is_stale(s)) netchan__dequeue(s);
         else if (netchan__lane_room(lane)) netchan__bring_together(lane, s, NULL);
@@ -2786,15 +2808,17 @@ static bool netchan__is_too_big(const netchan__waiter *r, const netchan_value *v
     if (r->op) return false;
     netchan__peer *p = r->peer;
     if (netchan__too_many_ends(p, v)) return true;
-    return size > p->their_message || size > ((const netchan__remote *)(const void *)r)->most ||
-           (size > NETCHAN__FRAGMENT && p->shipping && p->shipping + size > p->their_memory / 2);
+    if (size > p->their_message || size > ((const netchan__remote *)(const void *)r)->most) return true;
+    bool full = size > NETCHAN__FRAGMENT && p->shipping && p->shipping + size > p->their_memory / 2;
+    p->waits |= full;
+    return full;
 }
 
 /* Is what this sender has too big for every process that could receive it? While there is none, nobody knows. */
 static bool netchan__fits_nobody(const netchan *ch, const netchan__waiter *s) {
     bool nobody = false;
     for (const netchan__peer *p = ch->plain ? netchan__net.peers : NULL; p; p = p->next_peer) {
-        if (p->work != ch) continue;
+        if (s->lane && s->lane->is_direct ? p != s->lane->only : p->work != ch) continue;
         if (s->size <= p->their_message &&
             (!netchan__has_ends(&s->value) || netchan__count_ends(&s->value) <= p->their_ends))
             return false;
@@ -2997,9 +3021,14 @@ static void netchan__unlink_match(netchan__match *m) {
     m->lane->matching--;
     if (m->sender) m->sender->match = NULL;
     if (m->receiver) m->receiver->match = NULL;
-    if (m->receiver && m->receiver->peer && !m->receiver->op) m->receiver->peer->shipping -= m->shipping;
-    if (m->sender && !m->sender->op && !m->sender->here && !m->sender->lost && m->announced)
+    if (m->receiver && m->receiver->peer && !m->receiver->op) {
+        m->receiver->peer->shipping -= m->shipping;
+        if (m->shipping) netchan__has_room(m->receiver->peer);
+    }
+    if (m->sender && !m->sender->op && !m->sender->here && !m->sender->lost && m->announced) {
         m->sender->peer->reserved -= m->announced;
+        netchan__has_room(m->sender->peer);
+    }
 }
 
 static void netchan__free_match(netchan__match *m) {
@@ -3158,6 +3187,7 @@ static void netchan__wait_again(netchan__waiter *w) {
         netchan__forget(w);
     } else {
         netchan__enqueue(netchan__queue_of(w), w, true);
+        netchan__mark_dirty(w->ch);
         if (w->lane) netchan__update_ready(w->lane);
         else if (w->peer && !w->op && w->peer->direct) netchan__lane_changed(w->peer->direct);
         if (w->is_send && w->lane->closing)
@@ -3287,13 +3317,16 @@ static void netchan__progress(netchan__match *m) {
 
 static void netchan__unregister(netchan__waiter *w) {
     netchan_clear(&w->claim_value);
-    if (w->announced && w->peer) w->peer->reserved -= w->announced;
+    if (w->announced && w->peer) {
+        w->peer->reserved -= w->announced;
+        netchan__has_room(w->peer);
+    }
     w->announced = 0;
     netchan__buf_free(&w->incoming);
     w->claim = 0;
     if (!w->id) return;
     netchan__map_remove(&netchan__net.waiters, w->id);
-    if (w->here && w->peer) w->peer->offered -= w->size;
+    if (w->here && w->peer) w->peer->offering -= w->size;
     w->here = false;
     w->id = 0;
     w->peer = NULL;
@@ -3485,6 +3518,7 @@ static void netchan__on_accept(netchan__peer *p, netchan__frame *f) {
     if (!engaged && state != NETCHAN__OPEN) { /* it is engaged elsewhere, see P5 */
         netchan__unregister(w);
         w->lost = true;
+        w->refused = -(int)f->number;
         return;
     }
     netchan__dequeue(w);
@@ -3593,11 +3627,11 @@ static void netchan__register(netchan__waiter *w) {
     f.op = w->op_id;
     f.size = w->size;
     if (w->is_send && !w->multi && (w->firm || w->is_try) && !large && !w->ch->far &&
-        p->offered + w->size <= netchan__offer_limit(p->their_memory)) {
+        p->offering + w->size <= netchan__offer_limit(p->their_memory)) {
         w->here = true;
         f.has_value = true;
         f.value = w->value;
-        p->offered += w->size;
+        p->offering += w->size;
     }
     f.flags = netchan__flag(w->multi, NETCHAN__MULTI) | netchan__flag(w->is_try, NETCHAN__TRY) |
               netchan__flag(w->firm, NETCHAN__FIRM) | netchan__flag(w->here, NETCHAN__HERE);
@@ -3758,6 +3792,7 @@ static void netchan__on_return(netchan__peer *p, netchan__frame *f) {
  *       stays until it answers, also when the home is lost.
  * ================================================================================================================== */
 
+static void netchan__entered(netchan *ch, const netchan__waiter *w);
 static netchan__remote *netchan__remote_of(netchan__waiter *w) { return (netchan__remote *)(void *)w; }
 
 /* Gives back what the claim on it has reserved. */
@@ -3766,10 +3801,8 @@ static void netchan__relay_unclaim(netchan__remote *r) {
     netchan__peer *giver = w->is_send ? w->peer : r->up;
     if (giver) giver->reserved -= w->announced;
     if (w->peer) w->peer->shipping -= r->size;
-    if (r->size || w->announced) /* a large value: others may have waited for that */
-        for (size_t i = 0; w->peer && i < w->peer->waiters.cap; i++)
-            if (w->peer->waiters.slots[i].key)
-                netchan__mark_dirty(((netchan__waiter *)w->peer->waiters.slots[i].item)->ch);
+    if (giver && w->announced) netchan__has_room(giver);
+    if (w->peer && r->size) netchan__has_room(w->peer);
     w->announced = r->size = 0;
     netchan__buf_free(&w->incoming);
     if (r->down) netchan__map_remove(&netchan__net.relays, r->down);
@@ -3814,6 +3847,8 @@ static int netchan__relay_result(const netchan__waiter *w) {
     return w->is_send && ch->home && w->size > ch->home->their_message ? NETCHAN_ETOOBIG : NETCHAN_OK;
 }
 
+static bool netchan__relay_full(const netchan__remote *r, size_t size);
+
 /* Tells the process on the way to the home, if it can be done now. The waiter may be gone afterwards. */
 static void netchan__relay_register(netchan__remote *r) {
     netchan__waiter *w = &r->waiter;
@@ -3826,7 +3861,9 @@ static void netchan__relay_register(netchan__remote *r) {
         return;
     }
     bool costs = w->is_send && ch->credited && ch->lane.cap;
-    if (!p || p->leaving || (costs && !ch->credit) || (w->is_try && p->down)) {
+    size_t large = w->is_send ? w->size : r->declined;
+    bool full = large > NETCHAN__FRAGMENT && netchan__relay_full(r, large);
+    if (!p || p->leaving || (costs && !ch->credit) || (w->is_try && p->down) || full) {
         if (!w->is_try) return;
         netchan__emit_entry(w, NETCHAN__WITHDRAWN, 0, 0);
         netchan__relay_forget(r);
@@ -3882,9 +3919,22 @@ static void netchan__relay_ended(netchan *ch) {
 
 /* Neither this process nor the next has room for the large value now. */
 static bool netchan__relay_full(const netchan__remote *r, size_t size) {
-    const netchan__peer *p = r->waiter.peer;
+    netchan__peer *p = r->waiter.peer;
     size_t held = r->waiter.is_send ? p->reserved : p->shipping;
-    return held && held + size > (r->waiter.is_send ? p->max_memory : p->their_memory) / 2;
+    bool full = held && held + size > (r->waiter.is_send ? p->max_memory : p->their_memory) / 2;
+    p->waits |= full;
+    return full;
+}
+
+/* Does its operation hold room itself? Then it came here on a way round, through the same process twice. */
+static bool netchan__relay_meets_itself(const netchan__remote *r) {
+    const netchan__peer *p = r->waiter.peer;
+    for (size_t i = 0; i < p->waiters.cap; i++) {
+        netchan__waiter *w = p->waiters.slots[i].key ? (netchan__waiter *)p->waiters.slots[i].item : NULL;
+        if (!w || w == &r->waiter || !netchan__same_op(w, &r->waiter)) continue;
+        if (w->announced || w->match || netchan__remote_of(w)->size) return true;
+    }
+    return false;
 }
 
 static void netchan__relay_claim(netchan__peer *p, netchan__remote *r, netchan__frame *f) {
@@ -3903,11 +3953,19 @@ static void netchan__relay_claim(netchan__peer *p, netchan__remote *r, netchan__
     w->claim_final = final;
     r->down = ++netchan__net.last_id;
     bool large = size > NETCHAN__FRAGMENT, kept = !(large && netchan__relay_full(r, size));
+    bool too_many = f->has_value && netchan__too_many_ends(w->peer, &f->value);
+    if (too_many || (!kept && netchan__relay_meets_itself(r))) { /* it waits for the room that it holds itself */
+        r->down = 0;
+        netchan__relay_decline(r, false);
+        netchan__relay_end(r, NETCHAN_ETOOBIG);
+        return;
+    }
     if (kept && !netchan__map_put(&netchan__net.relays, r->down, r)) {
         kept = false;
         netchan__breach(w->peer, "out of memory for one of its operations");
     }
     if (!kept) { /* it is registered again when there is room */
+        r->declined = size;
         r->down = 0;
         netchan__relay_decline(r, false);
         netchan__relay_unclaim(r);
@@ -3932,9 +3990,9 @@ static void netchan__relay_claim(netchan__peer *p, netchan__remote *r, netchan__
 /* The value for an engaged receive is here, whole. */
 static void netchan__relay_ship(netchan__remote *r, netchan_value value, size_t size) {
     netchan__waiter *w = &r->waiter;
-    if (!w->peer) {
+    if (!w->peer || netchan__too_many_ends(w->peer, &value)) {
         netchan__relay_decline(r, false);
-        netchan__relay_forget(r);
+        netchan__relay_end(r, NETCHAN_ETOOBIG);
         return;
     }
     netchan__frame f = netchan__new_frame(NETCHAN__COMMIT);
@@ -3969,6 +4027,7 @@ static void netchan__relay_fragment_down(netchan__peer *p, netchan__remote *r, n
     }
     if (!netchan__gather(p, &w->incoming, size, f, &v, &memory)) return;
     p->reserved -= size;
+    netchan__has_room(p);
     w->announced = 0;
     netchan__relay_ship(r, v, size);
     netchan_clear(&v);
@@ -4000,7 +4059,14 @@ static void netchan__relay_down(netchan__peer *p, netchan__remote *r, netchan__f
         if (f->number > 15 || (f->number == 0 && r->step != NETCHAN__GRANTED) || r->step == NETCHAN__CLAIMED ||
             r->step == NETCHAN__SHIPPED)
             netchan__breach(p, "it accepted what was not offered");
-        else netchan__relay_end(r, -(int)f->number);
+        else {
+            if (!f->number) {
+                p->stats->values_sent++;
+                if (w->ch->credited && w->ch->lane.cap) netchan__entered(w->ch, w);
+                else p->taken++;
+            }
+            netchan__relay_end(r, -(int)f->number);
+        }
         break;
     default: /* WITHDRAWN */
         if (r->step != NETCHAN__IDLE || !w->is_try) break;
@@ -4016,6 +4082,11 @@ static void netchan__relay_down(netchan__peer *p, netchan__remote *r, netchan__f
 static void netchan__relay_granted(netchan__remote *r, const netchan_value *value, size_t size) {
     netchan__waiter *w = &r->waiter;
     bool over = r->carried;
+    if (r->up && w->is_send && netchan__too_many_ends(r->up, value)) {
+        netchan__relay_decline(r, false);
+        netchan__relay_end(r, NETCHAN_ETOOBIG);
+        return;
+    }
     if (!r->up) { /* the home was lost, and nobody else knows */
         if (over) netchan__relay_forget(r);
         else netchan__relay_end(r, NETCHAN_ELOST);
@@ -4040,6 +4111,7 @@ static void netchan__relay_grant(netchan__peer *p, netchan__remote *r, netchan__
         netchan__breach(p, "it granted what was not claimed");
         return;
     }
+    if (w->is_send) w->memory = f->memory;
     if (whole) netchan__relay_granted(r, &f->value, (size_t)f->size);
 }
 
@@ -4053,6 +4125,7 @@ static void netchan__relay_fragment_up(netchan__peer *p, netchan__remote *r, net
     }
     r->waited = 0;
     if (!netchan__gather(p, &w->incoming, size, f, &v, &memory)) return;
+    w->memory = memory;
     netchan__relay_granted(r, &v, size);
     netchan_clear(&v);
 }
@@ -4181,7 +4254,10 @@ static void netchan__on_waiter(netchan__peer *p, netchan__frame *f) {
     if (p->leaving) return; /* it learns that from our farewell */
     netchan__export *x;
     netchan *ch = netchan__channel_of(p, f->channel, f->type == NETCHAN__OFFER, &x);
-    if (x && x->revoked) return; /* it learns that from GONE */
+    if (x && x->revoked) { /* it learns that from GONE, but for one whose value is here */
+        if (f->has_value) netchan__emit_ids(p, NETCHAN__ACCEPT, 0, f->entry, 0, (uint64_t)-NETCHAN_ELOST, 0);
+        return;
+    }
     netchan__remote *r = netchan__make_remote(p, f, ch);
     if (!r) return;
     netchan__waiter *w = &r->waiter;
@@ -4191,7 +4267,14 @@ static void netchan__on_waiter(netchan__peer *p, netchan__frame *f) {
     }
     if (w->is_send ? w->lane->closing : ch->closed) {
         if (w->here) netchan__finish_sender(w, NETCHAN_ECLOSED, 0);
-        else netchan__forget(w);
+        else {
+            if (w->held) netchan__emit_entry(w, NETCHAN__ACCEPT, 0, (uint64_t)-NETCHAN_ECLOSED);
+            netchan__forget(w);
+        }
+        return;
+    }
+    if (ch->gone) {
+        netchan__finish_sender(w, NETCHAN_ELOST, 0);
         return;
     }
     netchan__enqueue(netchan__queue_of(w), w, false);
@@ -4246,13 +4329,8 @@ static void netchan__on_drop(netchan__peer *p, netchan__frame *f) {
         return;
     }
     x->named -= f->size;
-    if (f->number && !x->by_name) *(x->receives ? &x->ch->receivers_lost : &x->ch->senders_lost) = true;
+    if (f->number) netchan__note_loss(x);
     if (!x->named) netchan__drop_export(x, false);
-    if (!p->ends_full) return;
-    p->ends_full = false;
-    netchan__mark_exports(p);
-    if (p->work) netchan__mark_dirty(p->work);
-    if (p->direct) netchan__lane_changed(p->direct);
 }
 
 static void netchan__on_withdraw(netchan__peer *p, netchan__frame *f) {
@@ -4427,6 +4505,11 @@ static void netchan__shipped(netchan__peer *p, bool from_home, uint64_t entry, u
     if (w && (w->op ? w->peer : netchan__remote_of(w)->up) == p) w->position = position;
 }
 
+/* May nothing more be sent here? What is for one peer alone may go to a channel of its own. */
+static bool netchan__is_closing(const netchan__waiter *s) {
+    return s->ch->closing || (s->lane && (s->lane->closing || s->lane->ch->closing));
+}
+
 /* P5: an operation that was engaged is open again. */
 static void netchan__reopen(netchan__op *op) {
     op->engaged = NULL;
@@ -4437,11 +4520,14 @@ static void netchan__reopen(netchan__op *op) {
     for (size_t i = 0; i < op->count; i++) {
         netchan__waiter *w = &op->waiters[i];
         if (!w->ch || w->match || w->claim) continue; /* what is being negotiated is finished first */
-        bool closed = w->is_send ? (w->lane ? w->lane->closing : w->ch->closing && !op->detached) : w->ch->closed;
+        bool closed = w->is_send ? netchan__is_closing(w) && !op->detached : w->ch->closed;
         bool lost = w->lost || w->ch->gone;
         if (!closed && !lost && !w->starved) continue;
         if (w->peer) netchan__emit_entry(w, NETCHAN__WITHDRAW, 0, 0); /* it may be registered with the next home */
-        netchan__finish(op, w, closed ? NETCHAN_ECLOSED : lost ? NETCHAN_ELOST : NETCHAN_ENOMEM);
+        netchan__finish(op, w, closed       ? NETCHAN_ECLOSED
+                               : w->refused ? w->refused
+                               : lost       ? NETCHAN_ELOST
+                                            : NETCHAN_ENOMEM);
         return;
     }
     netchan__set_state(op, NETCHAN__OPEN);
@@ -4987,7 +5073,7 @@ static int netchan__prepare(netchan__waiter *w, netchan_case *c) {
 /* Lets case w happen at once if it can. */
 static void netchan__attempt(netchan__waiter *w) {
     netchan *ch = w->ch;
-    if (w->is_send ? ch->closing : ch->closed) {
+    if (w->is_send ? netchan__is_closing(w) : ch->closed) {
         netchan__change_state(w->op, NETCHAN__OPEN, NETCHAN__ENGAGED);
         netchan__finish(w->op, w, NETCHAN_ECLOSED);
     } else if (ch->gone || (w->to && !w->lane)) {
@@ -5047,7 +5133,7 @@ static void netchan__begin(netchan__op *op) {
         netchan__enqueue(netchan__queue_of(w), w, false);
         if (w->lane) netchan__update_ready(w->lane);
     }
-    for (int pass = op->net && count > 1 ? 0 : 1; pass < 2; pass++) { /* what needs no negotiation is not bothered by it */
+    for (int pass = op->net && count > 1 ? 0 : 1; pass < 2; pass++) { /* first what needs no negotiation */
         if (pass == 0) netchan__net.at_once = true;
         for (size_t i = 0; i < count && netchan__state(op) == NETCHAN__OPEN; i++) {
             netchan__waiter *w = &op->waiters[op->waiters[i].turn];
@@ -5077,7 +5163,7 @@ static bool netchan__sleep(netchan__op *op, uint64_t deadline) {
     return finished;
 }
 
-/* Selects of this thread in a row that did not have to wait, and whose channel came first in the last one. */
+/* Selects of this thread with other processes in a row that did not have to wait, and the channel of the last. */
 static NETCHAN__THREAD_LOCAL struct netchan__streak {
     unsigned length;
     const netchan *winner;
@@ -5218,14 +5304,17 @@ static int netchan__select(netchan_case *cases, size_t count, int timeout_ms) {
     return result;
 }
 
+static bool netchan__is_shared(const netchan_case *c) {
+    return c->ch && __atomic_load_n(&c->ch->shared, __ATOMIC_RELAXED);
+}
+
 /* Tries the cases in which other processes may wait, but for the winner's. Returns as netchan_select(). */
 static int netchan__try_others(netchan_case *cases, size_t count, const netchan *winner) {
     enum { MOST = 16 };
     netchan_case others[MOST];
     size_t index[MOST], n = 0;
     for (size_t i = 0; i < count && n < MOST; i++) {
-        const netchan *ch = cases[i].ch;
-        if (!ch || ch == winner || !__atomic_load_n(&ch->shared, __ATOMIC_RELAXED)) continue;
+        if (!netchan__is_shared(&cases[i]) || cases[i].ch == winner) continue;
         index[n] = i;
         others[n++] = cases[i];
     }
@@ -5242,16 +5331,19 @@ NETCHANDEF int netchan_select(netchan_case *cases, size_t count, int timeout_ms)
     if (count && !cases)
         return netchan__fail(NETCHAN_EINVAL, "netchan_select: %zu cases, but the array is NULL", count);
     if (count > INT32_MAX) return netchan__fail(NETCHAN_EINVAL, "netchan_select: more cases than an int can number");
-    int result = NETCHAN_ETIMEDOUT;
-    if (streak->length >= TURN && count > 1) {
+    bool shared = false;
+    for (size_t i = 0; i < count && count > 1; i++) shared |= netchan__is_shared(&cases[i]);
+    if (shared && streak->length >= TURN) {
         streak->length = 0;
-        result = netchan__try_others(cases, count, streak->winner);
-        if (result >= 0) return result;
+        int other = netchan__try_others(cases, count, streak->winner);
+        if (other >= 0) return other;
     }
     unsigned length = streak->length;
-    result = netchan__select(cases, count, timeout_ms);
-    if (result >= 0) streak->winner = cases[result].ch;
-    if (streak->length == length) streak->length = 0; /* it had to wait */
+    int result = netchan__select(cases, count, timeout_ms);
+    bool waited = streak->length == length;
+    if (!shared) streak->length = length;
+    else if (waited) streak->length = 0;
+    if (shared && result >= 0) streak->winner = cases[result].ch;
     return result;
 }
 
@@ -5429,7 +5521,28 @@ struct netchan__parcel {
     bool from_home;
     uint64_t entry, match, id; /* id: what stands in the fragments */
     netchan__buf bytes;
+    netchan_value ends;        /* an array of the channel ends in it: none is dropped before it was named */
 };
+
+static void netchan__collect_ends(const netchan_value *v, netchan_value *out, size_t *count) {
+    netchan_entry e;
+    if (netchan__is_chan(v)) out[(*count)++] = *v;
+    for (size_t i = 0; netchan__has_children(v) && netchan__child(v, i, &e); i++)
+        netchan__collect_ends(&e.value, out, count);
+}
+
+/* Returns false when out of memory. */
+static bool netchan__hold_ends(netchan__parcel *parcel, const netchan_value *v) {
+    if (!netchan__has_ends(v)) return true;
+    size_t count = netchan__count_ends(v), n = 0;
+    netchan_value *ends = (netchan_value *)netchan__alloc(count * sizeof *ends), array;
+    if (!ends) return false;
+    netchan__collect_ends(v, ends, &n);
+    array = netchan_array(ends, n);
+    int result = netchan_copy(&parcel->ends, &array);
+    NETCHAN_FREE(ends);
+    return result == NETCHAN_OK;
+}
 
 /* One link, as sessions see it. Whoever has its bytes sets binding, identity, fresh and address, and closes it when
  * failure is set and, with flush, all output is gone. */
@@ -5639,7 +5752,8 @@ static void netchan__append_parcel(netchan__session *s, netchan__parcel *parcel)
 static uint64_t netchan__queue_parcel(netchan__session *s, const netchan__frame *f) {
     netchan__parcel *parcel = (netchan__parcel *)netchan__alloc(sizeof *parcel);
     uint8_t *to = parcel ? netchan__buf_reserve(&parcel->bytes, (size_t)f->size) : NULL;
-    if (!to || !netchan__write_for(&s->peer, to + f->size, &f->value)) {
+    if (!to || !netchan__hold_ends(parcel, &f->value) || !netchan__write_for(&s->peer, to + f->size, &f->value)) {
+        if (parcel) netchan_clear(&parcel->ends);
         if (parcel) netchan__buf_free(&parcel->bytes);
         NETCHAN_FREE(parcel);
         netchan__breach(&s->peer, "out of memory for what is to be sent to it");
@@ -5689,6 +5803,7 @@ static void netchan__cut_fragment(netchan__session *s) {
     }
     netchan__shipped(&s->peer, parcel->from_home, parcel->entry, parcel->match, s->queued);
     netchan__buf_free(&parcel->bytes);
+    netchan_clear(&parcel->ends);
     NETCHAN_FREE(parcel);
 }
 
@@ -6007,6 +6122,7 @@ static void netchan__session_free(netchan__session *s) {
     while (s->parcels) {
         netchan__parcel *next = s->parcels->next;
         netchan__buf_free(&s->parcels->bytes);
+        netchan_clear(&s->parcels->ends);
         NETCHAN_FREE(s->parcels);
         s->parcels = next;
     }
@@ -6207,6 +6323,7 @@ static void netchan__move_lane(netchan__lane *lane, netchan *to) {
         NETCHAN__LINK(to->matches, m, prev, next);
         m->ch = to;
     }
+    netchan__mark_dirty(from);
     lane->ch = to;
     lane->cap = cap;
     lane->pinned = pinned;
@@ -6267,6 +6384,8 @@ static size_t netchan__end_own_channels(netchan__session *s, bool drained) {
     send->gone = true;
     if (drained) send->closing = send->lane.closing = recv->closing = true;
     else recv->senders_lost = true;
+    if (drained) netchan__tell_ends(send, true, NETCHAN__CLOSING);
+    netchan__tell_ends(send, true, NETCHAN__GONE);
     netchan__end_senders(&send->lane, drained ? NETCHAN_ECLOSED : NETCHAN_ELOST);
     netchan__mark_dirty(recv);
     netchan_free(send);
@@ -6997,6 +7116,13 @@ static void netchan__shut(netchan *ch) {
     ch->closing = ch->closed = ch->lane.closing = true;
     netchan__end_waiters(&ch->lane.senders, NETCHAN_ECLOSED);
     netchan__end_waiters(&ch->receivers, NETCHAN_ECLOSED);
+    netchan__tell_ends(ch, true, NETCHAN__CLOSING);
+    netchan__tell_ends(ch, false, NETCHAN__CLOSED);
+    if (ch->is_end) netchan__relay_ended(ch);
+    else if (ch->exports) {
+        netchan__end_senders(&ch->lane, NETCHAN_ECLOSED);
+        netchan__end_receivers(ch, NETCHAN_ECLOSED);
+    }
 }
 
 /* Nothing new begins on the link's channels; what its peers have in our buffers goes back to them. */
@@ -7058,7 +7184,10 @@ static netchan_report netchan__hub_close(netchan__hub *h) {
         next = lane->next;
         lane->hub = NULL;
         r.unreceived += lane->count;
-        netchan__lane_clear(lane);
+        while (lane->count) { /* not the room: one that is out may come back */
+            netchan__slot slot = netchan__lane_pop(lane);
+            netchan_clear(&slot.value);
+        }
         netchan__retire_lane(lane); /* one that is still being matched goes when that is over */
     }
     for (netchan__waiter *w = send->lane.senders.head, *after; w; w = after) {
@@ -7072,6 +7201,10 @@ static netchan_report netchan__hub_close(netchan__hub *h) {
         bool redelivered = left->slots[(left->first + i) & (left->room - 1)].redelivered;
         if (redelivered) r.unknown++;
         else r.undelivered++;
+    }
+    while (!h->dials && left->count) {
+        netchan__slot slot = netchan__lane_pop(left);
+        netchan_clear(&slot.value);
     }
     r.undelivered += send->undelivered;
     r.unknown += (size_t)h->unknown;

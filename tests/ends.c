@@ -1,6 +1,6 @@
 /* Channels as values, over TLS on loopback: selects across the network, ends, relays, and how little they disturb each
- * other. Sections [7] to [12] of netchan.h. What breaks is a proxy's doing, or a process that is killed. With ENDS_FULL=1
- * a million requests are answered instead of some thousands. */
+ * other. Sections [7] to [12] of netchan.h. What breaks is a proxy's doing, or a process that is killed. With
+ * ENDS_FULL=1 a million requests are answered instead of some thousands. */
 #include "alloc.h"
 
 #define NETCHAN_IMPLEMENTATION
@@ -36,8 +36,8 @@ static void lift(line *n) {
     netchan_free(n->end);
 }
 
-/* Sends until nothing more goes in. Returns how many values did. The home is empty, or will be when it has heard of what
- * was received elsewhere, and of who gave up. */
+/* Sends until nothing more goes in. Returns how many values did. The home is empty, or will be when it has heard of
+ * what was received elsewhere, and of who gave up. */
 static size_t fill(netchan *tx, netchan *home) {
     size_t count = 0;
     int result;
@@ -119,6 +119,7 @@ static void end_pump(pumping *p) {
 typedef struct mate {
     netchan *out, *in, *stop;
     int rounds, timeout_ms;
+    bool ends_when_lost;
     uint64_t seed;
     int sent, received;
     int64_t sum_sent, sum_received;
@@ -138,7 +139,7 @@ static void *meet(void *arg) {
         int which = netchan_select(c, 3, m->timeout_ms);
         if (which == NETCHAN_ETIMEDOUT && m->timeout_ms < LONG) continue;
         CHECK(which >= 0);
-        if (which == 2) break;
+        if (which == 2 || (m->ends_when_lost && c[which].result != NETCHAN_OK)) break;
         CHECK_INT(c[which].result, NETCHAN_OK);
         CHECK_INT(c[!which].result, NETCHAN_ETIMEDOUT);
         CHECK_INT(c[2].result, NETCHAN_ETIMEDOUT);
@@ -593,10 +594,12 @@ static void test_many_threads_select_against_each_other(void) {
         CHECK_INT(netchan_close(stop), NETCHAN_OK);
         for (int i = 1; i < 2 * CROWD; i++) test_join(c[i / CROWD][i % CROWD].thread);
         for (int k = 0; k < 4; k++) {
-            netchan_value v;
-            while (netchan_recv(lines[k].rx, &v, NETCHAN_NOWAIT) == NETCHAN_OK)
-                count_value(c[0][0].received, netchan_as_int(&v, -1));
-            CHECK_INT(netchan_len(lines[k].home), 0);
+            for (long long end = test_ms() + LONG; netchan_len(lines[k].home); sched_yield()) { /* what was left */
+                netchan_value v;
+                CHECK(test_ms() < end);
+                if (netchan_recv(lines[k].rx, &v, NETCHAN_NOWAIT) == NETCHAN_OK)
+                    count_value(c[0][0].received, netchan_as_int(&v, -1));
+            }
             lift(&lines[k]);
         }
         for (int i = 0; i < 2 * CROWD; i++) {
@@ -743,7 +746,8 @@ static void test_three_processes_around_a_ring(void) {
     open_chain(&c);
     netchan *x = netchan_make(0), *stop = netchan_make(0);
     line y = tell_make(&b, 0), z = tell_make(&c, 0);
-    netchan *replies[2] = {tell_meet(&b, y.tx, x, stop, INT32_MAX, LONG), tell_meet(&c, z.tx, y.rx, stop, INT32_MAX, LONG)};
+    netchan *replies[2] = {tell_meet(&b, y.tx, x, stop, INT32_MAX, LONG),
+                           tell_meet(&c, z.tx, y.rx, stop, INT32_MAX, LONG)};
     mate a = make_mate(x, z.rx, NULL, ROUNDS, LONG, 3);
     meet(&a);
     CHECK_INT(netchan_close(stop), NETCHAN_OK);
@@ -909,7 +913,8 @@ static void request(netchan *tx, netchan *reply, int64_t n) {
     CHECK_INT(recv_int(reply), 2 * n);
 }
 
-/* In a map in an array in a map, over the channels of the link and over an end; a new one for each, or always the same. */
+/* In a map in an array in a map, over the channels of the link and over an end; a new one for each, or always the
+ * same. */
 static void test_reply_channels_in_any_depth(void) {
     for (int k = 0; k < 16; k++) {
         pair p = join(k & 2 ? 4 : 0, k & 2 ? 4 : 0);
@@ -1026,19 +1031,25 @@ static void test_capacity_is_exact_over_all_ends(void) {
                 CHECK_INT(netchan_send(to, netchan_int(sent++), i % 2 ? NETCHAN_NOWAIT : LONG), NETCHAN_OK);
                 CHECK_INT(netchan_len(ch), ++inside);
             }
-            for (int k = 0; k < 3; k++) CHECK_INT(netchan_send(tx[k], netchan_int(-1), NETCHAN_NOWAIT), NETCHAN_ETIMEDOUT);
+            for (int k = 0; k < 3; k++)
+                CHECK_INT(netchan_send(tx[k], netchan_int(-1), NETCHAN_NOWAIT), NETCHAN_ETIMEDOUT);
             if (i % 8 == 0) CHECK_INT(netchan_send(tx[i % 3], netchan_int(-1), 2), NETCHAN_ETIMEDOUT);
             wait_for_waiters(ch, 0); /* the home knows that it gave up */
-            for (size_t take = 1 + test_random(&seed) % cap; take; take--, inside--) CHECK_INT(recv_int(ch), received++);
+            for (size_t take = 1 + test_random(&seed) % cap; take; take--, inside--)
+                CHECK_INT(recv_int(ch), received++);
         }
         while (inside--) CHECK_INT(recv_int(ch), received++);
-        task t[3]; /* all at once: of those that had no room in time none comes later */
-        for (int k = 0; k < 3; k++) start_send(&t[k], tx[k], netchan_int(k), SHORT);
-        int went = 0, came = 0;
-        for (int k = 0; k < 3; k++) went += end_task(&t[k]) == NETCHAN_OK;
-        CHECK_INT(went, cap < 3 ? (int)cap : 3);
-        while (netchan_recv(ch, NULL, NETCHAN_NOWAIT) == NETCHAN_OK) came++;
-        CHECK_INT(came, went);
+        for (int i = 0; i < 10; i++) { /* all at once: of those that had no room in time none comes later */
+            enum { SENDERS = 9 };
+            task t[SENDERS];
+            int went = 0, came = 0;
+            for (int k = 0; k < SENDERS; k++) start_send(&t[k], tx[(k + i) % 3], netchan_int(k), SHORT / 2);
+            for (int k = 0; k < SENDERS; k++) went += end_task(&t[k]) == NETCHAN_OK;
+            CHECK_INT(went, cap);
+            wait_for_waiters(ch, 0);
+            while (netchan_recv(ch, NULL, NETCHAN_NOWAIT) == NETCHAN_OK) came++;
+            CHECK_INT(came, went);
+        }
         for (int i = 0; i < 3; i++) netchan_free(tx[i]);
         for (int i = 0; i < 2; i++) {
             hang_up(p[i].d);
@@ -1089,11 +1100,10 @@ static void test_wrong_directions(void) {
 static void test_ends_in_values_that_are_freed(void) {
     pair p = join(0, 0);
     line warm = lay(&p, 0, false, false);
+    long before = alloc_blocks();
     lift(&warm);
     for (int k = 0; k < 4; k++) {
         bool receives = k & 2;
-        wait_for_blocks(alloc_blocks());
-        long before = alloc_blocks();
         line n = lay(&p, MANY, k & 1, false);
         for (int i = 0; i < MANY; i++) {
             netchan *inner = netchan_make(1);
@@ -1272,7 +1282,9 @@ static void test_the_last_holder_frees_both_sides(void) {
         }
         for (int i = 1; i < MANY; i += 2) { /* the home lives as long as the end */
             if (k & 2) CHECK_INT(netchan_recv(n[i].rx, NULL, NETCHAN_NOWAIT), NETCHAN_ETIMEDOUT);
-            else CHECK_INT(netchan_send(n[i].tx, netchan_int(i), NETCHAN_NOWAIT), k & 4 ? NETCHAN_OK : NETCHAN_ETIMEDOUT);
+            else
+                CHECK_INT(netchan_send(n[i].tx, netchan_int(i), NETCHAN_NOWAIT),
+                          k & 4 ? NETCHAN_OK : NETCHAN_ETIMEDOUT);
         }
         for (int i = 0; i < MANY; i++) {
             netchan_free(n[i].home);
@@ -1593,7 +1605,8 @@ static void test_more_ends_than_max_ends(void) {
         netchan_clear(&t.value);
         start_recv(&t, w.recv, LONG); /* when they are released there is room again */
         long long end = test_ms() + LONG;
-        while (netchan_send(w.send, netchan_array(b.ends + 1, FEW_ENDS), LONG) == NETCHAN_ETOOBIG) CHECK(test_ms() < end);
+        while (netchan_send(w.send, netchan_array(b.ends + 1, FEW_ENDS), LONG) == NETCHAN_ETOOBIG)
+            CHECK(test_ms() < end);
         CHECK_INT(end_task(&t), NETCHAN_OK);
         netchan_clear(&t.value);
         if (k % 3) netchan_free(w.send);
@@ -1714,6 +1727,17 @@ static void test_a_process_with_the_other_ends_is_killed(void) {
     CHECK_INT(alloc_blocks(), 0);
 }
 
+/* Waits until no process holds an end that sends into this channel. */
+static void wait_for_no_senders(netchan *ch) {
+    for (long long end = test_ms() + LONG;; sched_yield()) {
+        pthread_mutex_lock(&netchan__net_lock);
+        size_t ends = ch->sender_ends;
+        pthread_mutex_unlock(&netchan__net_lock);
+        if (!ends) return;
+        CHECK(test_ms() < end);
+    }
+}
+
 /* Two processes could send; one is lost, then the other: only then a receive ends, and when the buffer is empty. A
  * third gets an end: it works again. */
 static void test_the_last_sender_is_lost(void) {
@@ -1739,12 +1763,12 @@ static void test_the_last_sender_is_lost(void) {
         if (!cap) CHECK_INT(end_task(&t), NETCHAN_ELOST);
         drain(ch, cap);
         check_lost_now(ch, false);
-        tell_hold(&c[2], netchan_sender(ch));
-        CHECK_INT(netchan_recv(ch, NULL, SHORT), NETCHAN_ETIMEDOUT);
         netchan *reply = tell_pump(&c[2], netchan_sender(ch), 3, 10, LONG);
         int done;
         CHECK_INT(pump(ch, false, 3, 10, LONG, &done), NETCHAN_OK);
         check_pump(reply, 3, NETCHAN_OK);
+        wait_for_no_senders(ch); /* the third lets go in good order: nobody is lost then */
+        CHECK_INT(netchan_recv(ch, NULL, SHORT), NETCHAN_ETIMEDOUT);
         netchan_free(ch);
         for (int i = 0; i < 3; i++) {
             if (c[i].agent.pid) kill_child(&c[i].agent);
@@ -1845,7 +1869,8 @@ static void test_relays_here(void) {
         bool receives = k & 1;
         netchan *ch = netchan_make(k & 2 ? 2 : 0), *end = netchan_retain(ch);
         for (int i = 0; i < (k & 4 ? 3 : 2); i++) {
-            netchan *next = pass_end(way_of(&p[i], (k >> 3) + (i == 1)), receives ? netchan_receiver(end) : netchan_sender(end));
+            way w = way_of(&p[i], (k >> 3 & 1) ^ (k >> 4 && i == 1));
+            netchan *next = pass_end(w, receives ? netchan_receiver(end) : netchan_sender(end));
             CHECK(next != end && next != ch);
             netchan_free(end); /* who passed it on has no use of it */
             end = next;
@@ -1905,9 +1930,11 @@ static void relays_to_an_agent(int bridges) {
         if (k & 4) n = tell_make(&c, k & 2 ? 2 : 0);
         else n.tx = netchan_make(k & 2 ? 2 : 0), n.rx = netchan_retain(n.tx);
         for (int i = 0; i < 6; i++) {
-            int count = sizes[i % 3] > MIB / 8 ? 3 : 30, done, here = i < 3 ? LONG : 1, there = i < 3 ? NETCHAN_FOREVER : LONG;
+            int count = sizes[i % 3] > MIB / 8 ? 3 : 30, done;
+            int here = i < 3 ? LONG : 1, there = i < 3 ? NETCHAN_FOREVER : LONG;
             if (i == 5) here = LONG, there = 2;
-            netchan *reply = tell_pump(&c, sends ? netchan_receiver(n.rx) : netchan_sender(n.tx), count, sizes[i % 3], there);
+            netchan_value end = sends ? netchan_receiver(n.rx) : netchan_sender(n.tx);
+            netchan *reply = tell_pump(&c, end, count, sizes[i % 3], there);
             CHECK_INT(pump(sends ? n.tx : n.rx, sends, count, sizes[i % 3], here, &done), NETCHAN_OK);
             check_pump(reply, count, NETCHAN_OK);
         }
@@ -1963,7 +1990,8 @@ static void test_releases_over_several_hops(void) {
         bool receives = k & 1;
         for (int i = 0; i < MANY; i++) {
             near[i] = lay(&p, 1, k & 2, receives);
-            far[i] = pass_end(way_of(&q, k & 1), receives ? netchan_receiver(near[i].end) : netchan_sender(near[i].end));
+            netchan_value end = receives ? netchan_receiver(near[i].end) : netchan_sender(near[i].end);
+            far[i] = pass_end(way_of(&q, k & 1), end);
         }
         long full = alloc_blocks();
         for (int i = 0; i < MANY; i++) {
@@ -2022,6 +2050,161 @@ static void test_a_process_behind_a_relay_is_killed(void) {
     netchan_free(reply);
     netchan_free(alive);
     kill_chain(&c);
+}
+
+/* It is killed in the middle of selects with this process: what the relay had granted for it is undone, and the link to
+ * the relay lives. */
+static void test_a_busy_process_behind_a_relay_is_killed(void) {
+    enum { KILLED = 4 };
+    chain all[KILLED];
+    agent_resume_ms = SOON_LOST;
+    for (int k = 0; k < KILLED; k++) all[k] = start_chain(1, true);
+    for (int k = 0; k < KILLED; k++) {
+        chain *c = &all[k];
+        open_chain(c);
+        netchan *x = netchan_make(0), *y = netchan_make(0), *stop = netchan_make(0);
+        mate m[3];
+        netchan *replies[3];
+        for (int i = 0; i < 3; i++) replies[i] = tell_meet(c, x, y, NULL, INT32_MAX, LONG);
+        for (int i = 0; i < 3; i++) {
+            m[i] = make_mate(y, x, stop, INT32_MAX, LONG, (uint64_t)i + 1);
+            m[i].ends_when_lost = true;
+            m[i].thread = test_start(meet, &m[i]);
+        }
+        test_pause(20 + 3 * k); /* of traffic */
+        kill_one(&c->agent);
+        for (int i = 0; i < 3; i++) {
+            test_join(m[i].thread);
+            netchan_free(replies[i]);
+        }
+        check_lost_now(x, false);
+        check_lost_now(y, true);
+        check_no_event(c->l, "lost");
+        netchan_value items[1] = {netchan_receiver(stop)}; /* the relay answers still: it takes a value */
+        CHECK_INT(netchan_send(c->l->send, netchan_array(items, 1), LONG), NETCHAN_OK);
+        netchan_free(x);
+        netchan_free(y);
+        netchan_free(stop);
+        kill_chain(c);
+    }
+}
+
+static size_t relayed_at(netchan *end) {
+    size_t found = 0;
+    pthread_mutex_lock(&netchan__net_lock);
+    for (netchan__waiter *w = end->relayed.head; w; w = w->next) found++;
+    pthread_mutex_unlock(&netchan__net_lock);
+    return found;
+}
+
+static void wait_for_relayed(netchan *end, size_t count) {
+    for (long long until = test_ms() + LONG; relayed_at(end) != count; sched_yield()) CHECK(test_ms() < until);
+}
+
+static void wait_for_step(netchan *end, enum netchan__relay_step step) {
+    for (long long until = test_ms() + LONG;; sched_yield()) {
+        pthread_mutex_lock(&netchan__net_lock);
+        netchan__waiter *w = end->relayed.head;
+        bool reached = w && ((netchan__remote *)(void *)w)->step == step;
+        pthread_mutex_unlock(&netchan__net_lock);
+        if (reached) return;
+        CHECK(test_ms() < until);
+    }
+}
+
+/* A value has left the relay, and the session with the next process is lost before anybody knows whether it came. */
+static void test_what_a_relay_has_passed_on_is_unknown(void) {
+    for (int k = 0; k < 4; k++) {
+        bool sends = k & 1; /* the far process sends to the home, else it receives */
+        netchan_options o = options();
+        shaky s;
+        task here, far;
+        o.resume_ms = SOON_LOST;
+        pair q = join(0, 0);
+        shaky_join(&s, &o, &o);
+        pair p = {s.l, s.d};
+        line n = lay(&p, 0, true, !sends); /* this session is lost: between home and relay, or relay and far end */
+        netchan *ch = netchan_make(0), *end = NULL;
+        if (sends) {
+            end = pass_end(way_of(&q, k & 2), netchan_sender(n.end));
+            start_send(&far, end, netchan_int(1), k & 2 ? NETCHAN_FOREVER : LONG);
+            wait_for_waiters(n.home, 1);
+            proxy_freeze(&s.p, FROM_DIALLER);
+            start_recv(&here, n.home, LONG);
+            wait_for_step(n.end, NETCHAN__GRANTED);
+        } else {
+            netchan *middle = pass_end(way_of(&q, k & 2), netchan_receiver(ch)); /* q is near the home this time */
+            end = pass_end(way_of(&p, k & 2), netchan_receiver(middle));
+            start_recv(&far, end, k & 2 ? NETCHAN_FOREVER : LONG);
+            wait_for_waiters(ch, 1);
+            proxy_freeze(&s.p, k & 2 ? FROM_LISTENER : FROM_DIALLER);
+            start_send(&here, ch, netchan_int(1), LONG);
+            wait_for_step(middle, NETCHAN__CLAIMED);
+            netchan_free(middle);
+        }
+        wait_until_shipped();
+        proxy_break(&s.p);
+        CHECK_INT(end_task(&far), sends ? NETCHAN_EUNKNOWN : NETCHAN_ELOST);
+        CHECK_INT(end_task(&here), sends ? NETCHAN_ELOST : NETCHAN_EUNKNOWN);
+        netchan_free(end);
+        netchan_free(ch);
+        lift(&n);
+        proxy_stop(&s.p);
+        netchan_hangup(s.d, NULL);
+        netchan_hangup(s.l, NULL);
+        netchan_hangup(q.d, NULL);
+        netchan_hangup(q.l, NULL); /* it counts what is unknown */
+        CHECK_INT(alloc_blocks(), 0);
+    }
+}
+
+/* A select behind a relay is granted, and its process lost, while the home still waits for the other side, which then
+ * declines: the relay has kept what the home will release (R2), and nobody else is lost. */
+static void test_who_was_granted_behind_a_relay_is_lost(void) {
+    netchan_options o = options();
+    pair p = join(0, 0); /* between the home and the relay */
+    shaky q, r;          /* between the relay and who is lost; between the home and who declines */
+    shaky_join(&r, &o, &o);
+    o.resume_ms = SOON_LOST;
+    o.linger_ms = SOON_LOST;
+    shaky_join(&q, &o, &o);
+    pair behind = {q.l, q.d}, beside = {r.l, r.d};
+    netchan *ch = netchan_make(0), *near = pass_end(way_of(&p, 1), netchan_sender(ch));
+    netchan *far = pass_end(way_of(&behind, 1), netchan_sender(near));
+    netchan *other = pass_end(way_of(&beside, 1), netchan_receiver(ch));
+    netchan_case send[2], recv[2];
+    task lost, late;
+    send[0] = netchan_case_send(far, netchan_int(1));
+    recv[0] = netchan_case_recv(other, NULL);
+    send[1] = recv[1] = netchan_case_recv(NULL, NULL);
+    start_select(&lost, send, 2, LONG); /* the older of the two is locked first */
+    wait_for_waiters(ch, 1);
+    proxy_freeze(&r.p, FROM_LISTENER); /* the claim does not arrive */
+    start_select(&late, recv, 2, 3 * SHORT);
+    wait_for_step(near, NETCHAN__GRANTED);
+    CHECK_INT(end_task(&late), NETCHAN_ETIMEDOUT);
+    wait_until_shipped();
+    proxy_break(&q.p);
+    CHECK_INT(end_task(&lost), 0);
+    CHECK_INT(send[0].result, NETCHAN_EUNKNOWN); /* its value had left */
+    wait_peer(q.l, "lost");
+    proxy_cut(&r.p);
+    wait_for_relayed(near, 0);
+    check_no_event(p.l, "lost");
+    check_no_event(p.d, "lost");
+    check_no_event(r.l, "lost");
+    exchange(near, ch, 2);
+    exchange(ch, other, 3);
+    netchan_free(far);
+    netchan_free(near);
+    netchan_free(other);
+    netchan_free(ch);
+    proxy_stop(&q.p);
+    netchan_hangup(q.d, NULL);
+    netchan_hangup(q.l, NULL);
+    hang_up(p.d);
+    hang_up(p.l);
+    shaky_part(&r);
 }
 
 /* The process in the middle is killed while values flow both ways: both sides learn it, and what one sent with OK the
@@ -2086,7 +2269,7 @@ static void test_cuts_and_ends(void) {
         proxy_cut_every(&s.p, CUT_BYTES);
         for (int k = 0; k < 4; k++) {
             way w = {n[k].tx, n[k].rx};
-            flow_begin(&f[k], w, &s.p, 10000 / FEWER, 20);
+            flow_begin(&f[k], w, &s.p, (cap ? 10000 : 4000) / FEWER, 20);
         }
         for (int k = 0; k < 4; k++) flow_end(&f[k]);
         proxy_cut_every(&s.p, 0);
@@ -2167,7 +2350,8 @@ static void test_cuts_and_selects_over_a_relay(void) {
     for (int i = 0; i < 2; i++) shaky_join(&s[i], &o, &o);
     pair p = {s[0].l, s[0].d}, q = {s[1].l, s[1].d};
     line x = lay(&p, 0, false, true), y = lay(&p, 0, false, false);
-    netchan *x_far = pass_end(way_of(&q, 0), netchan_receiver(x.end)), *y_far = pass_end(way_of(&q, 1), netchan_sender(y.end));
+    netchan *x_far = pass_end(way_of(&q, 0), netchan_receiver(x.end));
+    netchan *y_far = pass_end(way_of(&q, 1), netchan_sender(y.end));
     for (int i = 0; i < 2; i++) proxy_cut_every(&s[i].p, CUT_BYTES / 2);
     mate m[2] = {make_mate(x.home, y.home, NULL, ROUNDS, LONG, 1), make_mate(y_far, x_far, NULL, ROUNDS, 2, 2)};
     for (int i = 0; i < 2; i++) m[i].thread = test_start(meet, &m[i]);
@@ -2331,9 +2515,9 @@ static void *run_arrival(void *arg) {
     return NULL;
 }
 
-/* A value of 64 MiB is on its way when one of 64 bytes is sent on another channel. Counted on the receiving side, beyond
- * what had left already: nothing but the fragments that stood in the stream come before it, and a few while the two
- * threads here wake. */
+/* A value of 64 MiB is on its way when one of 64 bytes is sent on another channel. Counted on the receiving side,
+ * beyond what had left already: as a rule nothing but the fragments that stood in the stream come before it, and a few
+ * while the two threads here wake. */
 static void test_a_large_value_does_not_delay_a_small_one(void) {
     enum { TRIES = 100, MOST = 8 * NETCHAN__FRAME_MAX };
     size_t size = (size_t)64 << 20;
@@ -2375,8 +2559,9 @@ static void test_a_large_value_does_not_delay_a_small_one(void) {
             if (took[i] > slowest) slowest = took[i];
             sum += took[i];
         }
-        printf("%d small values beside a large one: %d after at most %d more bytes of it, one after %d; %.0f us each, %.0f "
-               "at most\n",
+        CHECK(good > 0); /* not all, as the threads of this test may be late */
+        printf("%d small values beside a large one: %d after at most %d more bytes of it, one after %d; %.0f us each, "
+               "%.0f at most\n",
                (int)tries, (int)good, MOST, (int)worst, sum / (double)tries, slowest);
         lift(&large);
         lift(&small);
@@ -2431,6 +2616,9 @@ int main(int argc, char **argv) {
         TEST(selects_offer_to_each_other_over_a_relay),
         TEST(releases_over_several_hops),
         TEST(a_process_behind_a_relay_is_killed),
+        TEST(a_busy_process_behind_a_relay_is_killed),
+        TEST(what_a_relay_has_passed_on_is_unknown),
+        TEST(who_was_granted_behind_a_relay_is_lost),
         TEST(the_relay_is_killed),
         TEST(cuts_and_ends),
         TEST(cuts_and_relays),

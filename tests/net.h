@@ -648,7 +648,7 @@ static inline void flow_end(flow *f) {
     free(f->received);
 }
 
-/* --- channels in values -------------------------------------------------------------------------------------------- */
+/* --- channels in values ------------------------------------------------------------------------------------------- */
 
 /* Receives a value that is an end, which is to be freed. */
 static inline netchan *recv_end(netchan *ch) {

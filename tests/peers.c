@@ -251,7 +251,8 @@ static void test_accept_while_values_flow(void) {
             hang_up(p.d[i]);
             p.d[i] = NULL;
             invite(&p, 1, buffered ? 8 : 0);
-            if (netchan_as_int(&w, -1) == 78 && buffered) CHECK_INT(recv_int(p.d[i + 1]->recv), 77); /* the next has it */
+            if (netchan_as_int(&w, -1) == 78 && buffered) /* the next has the other */
+                CHECK_INT(recv_int(p.d[i + 1]->recv), 77);
         }
         end_party(&p);
     }
@@ -695,7 +696,8 @@ static void test_a_buffer_for_each_peer(void) {
         CHECK_INT(netchan_sendto(p.l, p.peer[who], netchan_int(-1), NETCHAN_NOWAIT), NETCHAN_ETIMEDOUT);
         CHECK_INT(netchan_sendto(p.l, p.peer[who], netchan_int(-1), SHORT), NETCHAN_ETIMEDOUT);
     }
-    for (int i = 0; i < BUFFER; i++) CHECK_INT(netchan_send(p.l->send, netchan_int(50 + i), NETCHAN_NOWAIT), NETCHAN_OK);
+    for (int i = 0; i < BUFFER; i++)
+        CHECK_INT(netchan_send(p.l->send, netchan_int(50 + i), NETCHAN_NOWAIT), NETCHAN_OK);
     CHECK_INT(netchan_cap(p.l->send), BUFFER);
     check_ints(p.d[1]->recv, 10, 10 + BUFFER);
     check_ints(p.d[0]->recv, 0, BUFFER);
@@ -1289,7 +1291,8 @@ static void test_the_wrong_direction(void) {
     pair p = join(0, 0);
     for (int k = 0; k < 4; k++) {
         netchan_link *a = k & 1 ? p.l : p.d, *b = k & 1 ? p.d : p.l;
-        enum netchan_type end = k & 2 ? NETCHAN_SENDER : NETCHAN_RECEIVER, other = k & 2 ? NETCHAN_RECEIVER : NETCHAN_SENDER;
+        enum netchan_type end = k & 2 ? NETCHAN_SENDER : NETCHAN_RECEIVER;
+        enum netchan_type other = k & 2 ? NETCHAN_RECEIVER : NETCHAN_SENDER;
         netchan *ch = netchan_make(0);
         importing i;
         start_import(&i, b, "one way", other, LONG);
@@ -1323,7 +1326,7 @@ static void test_a_name_that_nobody_exports(void) {
         CHECK_INT(netchan_export(a, "nonesuch", ch, NETCHAN_SENDER), NETCHAN_OK); /* another one */
         CHECK_INT(netchan_export(a, "non", ch, NETCHAN_SENDER), NETCHAN_OK);
         check_import(b, "none", NETCHAN_SENDER, NETCHAN_NOWAIT, NETCHAN_ETIMEDOUT);
-        check_import(a, "nonesuch", NETCHAN_SENDER, NETCHAN_NOWAIT, NETCHAN_ETIMEDOUT); /* its own names are not asked */
+        check_import(a, "nonesuch", NETCHAN_SENDER, NETCHAN_NOWAIT, NETCHAN_ETIMEDOUT); /* not its own names */
         wait_for_questions(a, 0); /* who gave up is forgotten */
         CHECK_INT(netchan_unexport(a, "nonesuch"), NETCHAN_OK);
         CHECK_INT(netchan_unexport(a, "non"), NETCHAN_OK);
@@ -1670,14 +1673,15 @@ static void test_importing_from_whichever_peer_has_it(void) {
     end_party(&p);
 }
 
-/* The same name of several peers is that of several channels: some are imported one after the other. */
+/* Many calls of both sides wait for the same names. */
 static void test_many_import_at_the_same_time(void) {
     enum { COUNT = 16 };
     pair p = join(0, 0);
     importing i[COUNT];
     netchan *ch = netchan_make(0);
     for (int k = 0; k < COUNT; k++)
-        start_import(&i[k], k % 4 == 3 ? p.l : p.d, k % 2 ? "odd" : "even", NETCHAN_SENDER, k % 3 ? LONG : NETCHAN_FOREVER);
+        start_import(&i[k], k % 4 == 3 ? p.l : p.d, k % 2 ? "odd" : "even", NETCHAN_SENDER,
+                     k % 3 ? LONG : NETCHAN_FOREVER);
     wait_for_questions(p.l, COUNT / 4 * 3);
     wait_for_questions(p.d, COUNT / 4);
     CHECK_INT(netchan_export(p.l, "odd", ch, NETCHAN_SENDER), NETCHAN_OK);

@@ -1294,7 +1294,7 @@ static void test_lies_to_the_listener(void) {
 
 static void test_lies_to_the_dialler(void) {
     static const lie lies[] = {
-        {TWICE, NETCHAN__OFFER, FEW(0, 1, 1, 0, 1), NULL, 0}, /* the channels of the link have their home at the listener */
+        {TWICE, NETCHAN__OFFER, FEW(0, 1, 1, 0, 1), NULL, 0}, /* a link's channels have their home at the listener */
         {TWICE, NETCHAN__OFFER, FEW(1, 1, 1, 0, 1), NULL, 0},
         {TWICE, NETCHAN__DEMAND, FEW(1, 1, 1, 0, 0), NULL, 0},
         {TWICE, NETCHAN__DEMAND, FEW(2, 1, 1, 0, 0), NULL, 0},

@@ -73,10 +73,12 @@ enum {
     MAX_THREADS = MAX_NODES * THREADS,
     MAX_CASES = 4,
     MAX_PORTS = 40,
-    MAX_PLACES = 2 * MAX_PORTS + 40,
+    MAX_ENDS = 2,    /* in one value */
+    MAX_PLACES = 2 * MAX_PORTS + 160,
     MAX_CONNS = 32,
     MAX_PEERS = 512, /* sessions of a node */
     MAX_VALUES = 4096,
+    MAX_WAYS = 8192, /* 2^13, see find_way() */
     MAX_MESSAGE = 110000 /* bytes */
 };
 
@@ -86,8 +88,10 @@ enum { MS = 1000000 }; /* nanoseconds */
 
 /* --- the world ---------------------------------------------------------------------------------------------------- */
 
-typedef enum place_kind { LOCAL, WORK, MERGE, END_SEND, END_RECV } place_kind;
-static const char *const kind_names[] = {"local", "work", "merge", "end_send", "end_recv"};
+/* OWN_SEND, OWN_RECV: of a peer that was accepted; DIRECT: what is sent with netchan_sendto(). */
+typedef enum place_kind { LOCAL, WORK, MERGE, END_SEND, END_RECV, IMPORT, OWN_SEND, OWN_RECV, DIRECT } place_kind;
+static const char *const kind_names[] = {"local", "work", "merge", "end_send", "end_recv", "end", "own_send",
+    "own_recv", "direct"};
 
 typedef struct place place;
 typedef struct port port;
@@ -140,6 +144,9 @@ struct port {
     bool arrives;           /* they are to be counted */
     unsigned losses, ends;  /* sessions that were lost; that ended */
     uint64_t resumes;       /* sessions that went on */
+    netchan__wanted *wanted; /* an import that waits, or NULL */
+    char wanted_name[16];
+    place *wanted_root;
     bool blind;             /* an event was dropped */
 };
 
@@ -148,7 +155,13 @@ struct place {
     netchan *ch; /* NULL: it is gone */
     place_kind kind;
     size_t index, node, cap;
-    port *port;     /* of all but LOCAL */
+    port *port;     /* of all but LOCAL and IMPORT */
+    port *peer;     /* OWN_SEND, OWN_RECV, DIRECT: the dialler */
+    uint64_t to;    /* DIRECT: as a number */
+    place *root;    /* IMPORT: the LOCAL channel that it is an end of, or an end of an end */
+    bool dropped;   /* IMPORT: only tasks that have begun use it yet */
+    bool given;     /* LOCAL: an end of it was sent in a value */
+    bool shut;      /* LOCAL: a task closed it or one of its ends */
     bool closed;    /* a task closed it */
     bool drained;   /* a receiver was told that all values are gone */
     uint64_t sent, unknown, taken; /* sends that ended with OK, with EUNKNOWN; values of them that were taken */
@@ -190,6 +203,10 @@ typedef struct value {
     struct value *answers; /* it is the reply to this one */
     unsigned answered;
     bool large, present;
+    unsigned ends; /* that are in it */
+    place *roots[MAX_ENDS];
+    bool receives[MAX_ENDS];
+    bool home;   /* the last who took it did so where its channel was made */
     bool left;   /* a link was given it */
     bool barred; /* the channel was closed before it could be sent */
 } value;
@@ -204,15 +221,17 @@ typedef struct task {
     netchan *held[MAX_CASES];
     value *values[MAX_CASES];
     uint8_t *bytes[MAX_CASES];
+    netchan_value items[MAX_CASES][1 + MAX_ENDS]; /* of a value with ends */
     size_t thread;
     int timeout_ms;
     bool expired, told;
 } task;
 
 /* What the threads do: whatever comes; one stream each way; a work queue; requests that are answered; values that wait
- * in the buffer of a listener, which has successors. */
-typedef enum shape { MIXED, STREAMS, WORKERS, REQUESTS, SUCCESSION } shape;
-static const char *const shape_names[] = {"mixed", "streams", "workers", "requests", "succession"};
+ * in the buffer of a listener, which has successors; whatever comes, with ends of channels in values, and through
+ * them. */
+typedef enum shape { MIXED, STREAMS, WORKERS, REQUESTS, SUCCESSION, ENDS } shape;
+static const char *const shape_names[] = {"mixed", "streams", "workers", "requests", "succession", "ends"};
 
 /* What may happen in this run; in percent, or in thousandths of all steps, where it is no number or bool. */
 typedef struct plan {
@@ -225,6 +244,10 @@ typedef struct plan {
     bool successors;                /* a successor listens while the old one still says farewell */
     bool no_redelivery, quiet_start, huge;
     bool buffered;                  /* all links have room for some values */
+    size_t ends;                    /* percent of the values that have ends in them */
+    size_t drops, accepts, names, losses; /* thousandths */
+    bool link_ends;                 /* so are the channels of links */
+    size_t max_ends;
     int ping_ms, resume_ms;
     size_t max_memory[MAX_NODES];
 } plan;
@@ -246,9 +269,17 @@ static struct world {
     bool over;      /* everybody hangs up */
     bool no_memory; /* an allocation has failed */
     bool parted;    /* a dialler has hung up */
+    bool revoked;   /* a name was taken back */
+    bool links_given; /* ends of a link's channels were given away */
+    bool hung_up;   /* somebody has, or a node died */
     bool forced;    /* somebody who hung up had to stop waiting: what is lost then is no longer forbidden */
     uint32_t last[MAX_PLACES][MAX_THREADS][MAX_THREADS];   /* the newest op of a thread whose value a thread took */
     uint32_t last_at[MAX_PLACES][MAX_THREADS][MAX_PLACES]; /* the same for a place; small values only */
+    struct way {
+        uint64_t key;
+        uint32_t op;
+    } ways[MAX_WAYS]; /* see find_way() */
+    size_t way_count;
 } world;
 
 static value values[MAX_VALUES];
@@ -258,7 +289,7 @@ static bool tracing;
 /* For the parent process, should this one die. */
 static struct shared {
     uint64_t seed[MAX_CORES];
-    uint64_t seeds, values, cuts;
+    uint64_t seeds, values, cuts, ends, relayed; /* relayed: operations */
 } *shared;
 static size_t slot; /* of shared->seed */
 
@@ -314,6 +345,9 @@ static const char *describe(const place *p) {
     static unsigned turn;
     char *text = texts[turn++ % 4];
     snprintf(text, 48, "%s[%zu] of node %zu", kind_names[p->kind], p->index, p->node);
+    if (p->root)
+        snprintf(text, 48, "end[%zu] of %s[%zu] at node %zu", p->index, kind_names[p->root->kind], p->root->index,
+                 p->node);
     return text;
 }
 
@@ -385,7 +419,7 @@ static size_t draw_size(bool large) {
     return world.plan.huge ? MAX_MESSAGE - 16 - below(60000) : 20000 + below(20000);
 }
 
-static netchan_value make_value(task *t, size_t i) {
+static netchan_value make_content(task *t, size_t i) {
     uint64_t number = number_of(t->values[i]);
     bool large = chance(world.plan.large);
     if (!large && !chance(world.plan.medium)) return netchan_uint(number);
@@ -397,7 +431,77 @@ static netchan_value make_value(task *t, size_t i) {
     return netchan_bytes(t->bytes[i], size);
 }
 
-static value *identify(const netchan_value *v) {
+/* The channel of which all ends are one: what is sent into any of them comes out at any other. */
+static place *home_of(const place *p) {
+    return p->root ? p->root : (place *)p;
+}
+
+/* A channel that a node has made, or an end of one; else one of a link, or an end of that. */
+static bool is_family(const place *p) {
+    return home_of(p)->kind == LOCAL;
+}
+
+/* Can processes use it that are not at the other side of its link? */
+static bool is_shared(const place *p) {
+    return is_family(p) || home_of(p)->given;
+}
+
+/* A listener's, of one peer. */
+static bool is_aside(const place *p) {
+    return p->kind >= OWN_SEND;
+}
+
+static bool is_live(const place *p, size_t n) {
+    return p->ch && p->node == n && !p->dropped;
+}
+
+static bool is_gift(const place *p) {
+    if (p->kind == LOCAL || p->kind == IMPORT) return true;
+    return world.plan.link_ends && p->kind != DIRECT && !p->port->hub.hanging_up;
+}
+
+/* A channel whose end this node may give away, or NULL. */
+static place *draw_gift(size_t n) {
+    place *found[MAX_PLACES];
+    size_t count = 0, ends = 0; /* those that are passed on stand first */
+    for (int pass = 0; pass < 2; pass++) {
+        for (size_t i = 0; i < world.place_count; i++) {
+            place *p = &world.places[i];
+            if ((p->kind == IMPORT) == (pass == 0) && is_gift(p) && is_live(p, n) && !p->ch->gone) found[count++] = p;
+        }
+        if (!pass) ends = count;
+    }
+    return count ? found[below(ends && chance(50) ? ends : count)] : NULL;
+}
+
+/* From now on others may have ends of it. */
+static void give(place *p) {
+    p->given = true;
+    if (p->kind != LOCAL) world.links_given = true;
+}
+
+/* With some ends, or none. */
+static netchan_value make_value(task *t, size_t i) {
+    value *v = t->values[i];
+    netchan_value *items = t->items[i];
+    items[0] = make_content(t, i);
+    if (!world.plan.ends || !chance(world.plan.ends)) return items[0];
+    for (size_t most = 1 + below(MAX_ENDS); v->ends < most; v->ends++) {
+        place *p = draw_gift(t->thread / THREADS);
+        if (!p) break;
+        bool receives = p->ch->may_receive && (!p->ch->may_send || chance(50));
+        netchan *ch = netchan_retain(p->ch);
+        items[1 + v->ends] = receives ? netchan_receiver(ch) : netchan_sender(ch);
+        v->roots[v->ends] = home_of(p);
+        v->receives[v->ends] = receives;
+        give(home_of(p));
+        trace("    with a %s end of %s", receives ? "receiver" : "sender", describe(p));
+    }
+    return v->ends ? netchan_array(items, 1 + v->ends) : items[0];
+}
+
+static value *identify(const netchan_value *whole) {
+    const netchan_value *v = whole->type == NETCHAN_ARRAY ? netchan_at(whole, 0) : whole;
     uint64_t number = netchan_as_uint(v, 0);
     size_t size = 0;
     const uint8_t *bytes = (const uint8_t *)netchan_as_block(v, NETCHAN_BYTES, &size);
@@ -411,7 +515,7 @@ static value *identify(const netchan_value *v) {
 }
 
 static bool is_rendezvous(const value *v) {
-    return v->place->cap == 0;
+    return home_of(v->place)->cap == 0;
 }
 
 static bool dials(const port *p, size_t at) {
@@ -422,12 +526,25 @@ static bool dials(const port *p, size_t at) {
 
 /* Can what is sent into `from` be received at `at`? */
 static bool leads_to(const place *from, const place *at) {
-    if (from->kind == LOCAL) return from == at;
+    from = home_of(from);
+    at = home_of(at);
+    if (from->kind == LOCAL || at->kind == LOCAL) return from == at;
     if (from->kind == WORK) return at->kind == END_RECV && dials(at->port, from->port->site);
+    if (is_aside(from)) return at->kind == END_RECV && at->port == from->peer;
+    if (at->kind == OWN_RECV) return from->kind == END_SEND && from->port == at->peer;
     return from->kind == END_SEND && at->kind == MERGE && dials(from->port, at->port->site);
 }
 
+/* Has any session ended, or begun to, or was a name taken back? */
+static bool any_loss(void) {
+    for (size_t i = 0; i < world.port_count; i++)
+        if (world.ports[i].ends || world.ports[i].blind || world.ports[i].died) return true;
+    return world.hung_up || world.revoked || world.over;
+}
+
+/* Whether a session was lost that this channel needs. */
 static unsigned losses_of(const place *p) {
+    if (is_shared(p)) return home_of(p)->given && any_loss();
     return p->port ? p->port->losses : 0;
 }
 
@@ -438,7 +555,30 @@ typedef struct late_note {
 static late_note late_notes[MAX_THREADS];
 static size_t late_count;
 
+/* The newest op whose value came this way: from a thread through a channel or an end, to a thread through another. */
+static uint32_t *find_way(const value *v, const task *t, const place *at) {
+    uint64_t key = ((v->place->index * MAX_THREADS + v->thread) * MAX_PLACES + at->index) * MAX_THREADS + t->thread + 1;
+    size_t i = (size_t)(key * 0x9E3779B97F4A7C15u >> 51);
+    for (; world.ways[i].key && world.ways[i].key != key; i = (i + 1) % MAX_WAYS)
+        if (world.way_count + 1 >= MAX_WAYS) return NULL;
+    if (!world.ways[i].key) world.way_count++;
+    world.ways[i].key = key;
+    return &world.ways[i].op;
+}
+
+static void check_order_of_ends(const value *v, const task *t, const place *at) {
+    uint32_t op = (uint32_t)v->op, *last = any_loss() ? NULL : find_way(v, t, at);
+    if (last && *last >= op)
+        broken("value %llu of op %u was taken through %s after that of op %u", (ull)number_of(v), op, describe(at),
+               *last);
+    if (last) *last = op;
+}
+
 static void check_order(const value *v, const task *t, const place *at) {
+    if (is_shared(at) || is_shared(v->place)) {
+        check_order_of_ends(v, t, at);
+        return;
+    }
     bool parted = v->place->kind == WORK && world.parted && world.plan.links > 1;
     if (losses_of(v->place) || parted) return; /* what a peer that goes gave back comes later */
     ull number = (ull)number_of(v);
@@ -455,9 +595,13 @@ static void check_order(const value *v, const task *t, const place *at) {
 static void check_taker(const value *v, const task *t, const place *at) {
     uint64_t peer = t->op.peer;
     const node *n = &world.nodes[at->node];
-    if (at->kind == LOCAL ? peer != 0 : peer == 0 || peer >= MAX_PEERS || !n->peers[peer])
+    bool local = at->kind == LOCAL && v->place == at;
+    if (local ? peer != 0 : peer == 0 || peer >= MAX_PEERS || !n->peers[peer])
         broken("a value came from peer %llu", (ull)peer);
-    if (at->kind != LOCAL && n->peers[peer]->send != v->place) broken("a value came from another peer");
+    const place *from = home_of(v->place);
+    if (at->kind == LOCAL || at->kind == IMPORT) return;
+    if (is_aside(from) ? n->peers[peer] != from->port : n->peers[peer]->send != from)
+        broken("a value came from another peer");
 }
 
 /* A reply names a request that was taken, and there is one for each. */
@@ -469,21 +613,63 @@ static void check_answer(value *v) {
         broken("value %llu was answered twice", (ull)number_of(request));
 }
 
+static place *add_place(size_t n, place_kind kind, size_t cap, port *p, netchan *ch);
+static bool has_places(void);
+
+/* The channel is an end of that one, at this node; mostly it is kept. */
+static void keep_end(size_t n, place *root, netchan *ch) {
+    place *at = NULL;
+    for (size_t i = 0; i < world.place_count; i++)
+        if (world.places[i].ch == ch && world.places[i].node == n && world.places[i].kind != DIRECT)
+            at = &world.places[i];
+    if (at && home_of(at) != root) broken("an end of %s came as one of %s", describe(root), describe(at));
+    if (!at && root->kind != LOCAL && (!ch->is_end || ch->credited)) return; /* its link was hung up */
+    if (!at && !ch->is_end) broken("an end of %s came as a channel", describe(root));
+    if (at && at->dropped) {
+        netchan_retain(ch);
+        at->dropped = false;
+    }
+    if (at || !has_places() || !chance(80)) return;
+    if (netchan_cap(ch) != root->cap && root->kind == LOCAL)
+        broken("an end of %s has capacity %zu", describe(root), netchan_cap(ch));
+    at = add_place(n, IMPORT, root->cap, NULL, netchan_retain(ch));
+    at->root = root;
+    add_up(&shared->ends, 1);
+    trace("    which is %s", describe(at));
+}
+
+static void take_ends(const value *v, const netchan_value *got, size_t n) {
+    size_t count = got->type == NETCHAN_ARRAY ? netchan_count(got) - 1 : 0;
+    if (count != v->ends) broken("value %llu came with %zu ends", (ull)number_of(v), count);
+    for (size_t i = 0; i < count; i++) {
+        const netchan_value *item = netchan_at(got, 1 + i);
+        if (item->type != (v->receives[i] ? NETCHAN_RECEIVER : NETCHAN_SENDER))
+            broken("value %llu came with an end of type %d", (ull)number_of(v), item->type);
+        netchan *ch = netchan_as_chan(item);
+        if (v->receives[i] ? !ch->may_receive : !ch->may_send) broken("an end came in the other direction");
+        keep_end(n, v->roots[i], ch);
+    }
+}
+
 static void take(task *t, place *at) {
     value *v = identify(&t->op.value);
     place *from = v->place;
     ull number = (ull)number_of(v);
     be(at->node);
+    take_ends(v, &t->op.value, at->node);
     netchan_clear(&t->op.value);
     trace("    value %llu is taken by op %llu%s", number, (ull)t->op.id, t->op.redelivered ? " (again)" : "");
     if (!leads_to(from, at)) broken("value %llu was taken where it does not belong", number);
     if (v->fate == NEVER) broken("value %llu was taken, but its send did not happen", number);
     if (v->barred) broken("value %llu was taken, but its channel was closed before", number);
     if (v->op == t->op.id) broken("op %llu served itself", (ull)v->op);
+    from = home_of(from);
     if (from->drained && !losses_of(from)) broken("value %llu was taken after ECLOSED", number);
-    if (t->op.redelivered && (from->kind != WORK || !from->cap || !losses_of(from) || world.plan.no_redelivery))
+    bool again = from->kind == WORK || is_shared(from) || is_aside(from) || world.links_given;
+    if (t->op.redelivered && (!again || !from->cap || !any_loss() || world.plan.no_redelivery))
         broken("value %llu is marked as redelivered", number);
     if (t->op.redelivered && !v->large && !v->left) broken("value %llu never left, and is marked", number);
+    v->home = at->kind == LOCAL;
     v->taken++;
     v->again += t->op.redelivered;
     at->received++;
@@ -499,62 +685,89 @@ static void take(task *t, place *at) {
 /* --- how operations end ------------------------------------------------------------------------------------------- */
 
 static void check_held(const place *p) {
-    bool lost = p->port && (p->port->losses || p->port->unknown || world.no_memory);
+    bool lost = is_shared(p) ? losses_of(p) : p->port && (p->port->losses || p->port->unknown || world.no_memory);
     bool may_vanish = lost && (p->kind == END_SEND || world.plan.no_redelivery);
+    if (world.links_given && any_loss()) return; /* somebody may have taken them away */
+    if (is_shared(p) && !p->ch) return; /* they went with its node */
     if (p->cap && p->held > p->cap && !may_vanish) broken("%llu values are held by %s", (ull)p->held, describe(p));
 }
 
 static void sent(task *t, size_t i) {
     value *v = t->values[i];
-    place *p = v->place;
+    place *p = v->place, *home = home_of(p);
     uint64_t peer = t->op.peer;
     const port *to = peer < MAX_PEERS ? world.nodes[p->node].peers[peer] : NULL;
     v->fate = SENT;
-    p->sent++;
+    home->sent++;
     if (v->barred) broken("value %llu was sent, but its channel was closed before", (ull)number_of(v));
     if (is_rendezvous(v) && v->taken != 1)
         broken("value %llu was sent with OK and taken %u times", (ull)number_of(v), v->taken);
-    if (!v->taken) p->held++;
-    check_held(p);
+    if (!v->taken) home->held++;
+    check_held(home);
     if (v->answers) world.owed[t->thread] = NULL;
-    if ((peer == 0) != (p->kind == LOCAL || (p->kind == WORK && p->cap)))
+    if (p->kind == LOCAL || p->kind == IMPORT) {
+        if (peer ? !to : p->kind == IMPORT || (!p->cap && !v->home)) broken("a value went to peer %llu", (ull)peer);
+        return;
+    }
+    if ((peer == 0) != (p->kind == LOCAL || ((p->kind == WORK || is_aside(p)) && p->cap)))
         broken("a value went to peer %llu from %s", (ull)peer, describe(p));
     if (peer && (!to || !leads_to(p, to->recv))) broken("a value went over another link");
 }
 
 /* Sessions of this place's port have ended: some operations on it may have ended as well. */
 static bool had_ends(const place *p) {
+    bool far = p->kind == END_SEND && world.links_given; /* who takes its values may be a third process, and be lost */
+    if (is_shared(p) || is_aside(p) || far) return any_loss();
     return p->port && (p->port->ends || p->port->hub.hanging_up);
 }
 
 static void check_lost(const place *p, const char *result, bool may) {
-    bool forbidden = is_strict() && !p->port->hub.hanging_up && p->ch->may_send;
+    bool forbidden = is_shared(p) ? !home_of(p)->given || (is_strict() && !world.hung_up && !world.revoked)
+                                  : is_strict() && !p->port->hub.hanging_up && p->ch->may_send &&
+                                        !(is_aside(p) && (world.hung_up || p->port->losses));
     if (!may || forbidden) broken("an operation on %s ended with %s", describe(p), result);
+}
+
+/* May a send to one peer alone find that it is closed, though nobody has closed this channel? */
+static bool is_shut_aside(const place *p) {
+    p = home_of(p);
+    if (!is_aside(p)) return false;
+    for (size_t i = 0; i < world.place_count; i++) {
+        const place *own = &world.places[i];
+        if (own->kind == OWN_SEND && own->peer == p->peer && own->port == p->port && own->shut) return true;
+    }
+    return any_loss() || p->port->send->shut;
 }
 
 static void end_send(task *t, size_t i, int result) {
     value *v = t->values[i];
     place *p = v->place;
-    bool shut = world.over || (p->port && p->port->hub.hanging_up);
+    const port *x = home_of(p)->port;
+    bool shut = world.over || (x && x->hub.hanging_up);
     v->fate = NEVER;
     switch (result) {
     case NETCHAN_OK: sent(t, i); break;
     case NETCHAN_ECLOSED:
-        if (!p->closed && !shut) broken("a send on an open channel, %s, ended with ECLOSED", describe(p));
+        if (!p->closed && !shut && !home_of(p)->shut && !is_shut_aside(p))
+            broken("a send on an open channel, %s, ended with ECLOSED", describe(p));
         break;
     case NETCHAN_ETOOBIG:
-        if (p->kind == LOCAL || !v->large) broken("a send on %s ended with ETOOBIG", describe(p));
+        if ((p->kind == LOCAL && !p->given) || (!v->large && !(v->ends && world.plan.max_ends)))
+            broken("a send on %s ended with ETOOBIG", describe(p));
         break;
     case NETCHAN_ELOST: check_lost(p, "ELOST", had_ends(p)); break;
     case NETCHAN_EUNKNOWN:
         v->fate = UNKNOWN;
-        p->unknown++;
+        home_of(p)->unknown++;
         if (v->answers) world.owed[t->thread] = NULL;
         if (!v->large && !v->left) broken("value %llu never left, and its send ended with EUNKNOWN", (ull)number_of(v));
-        check_lost(p, "EUNKNOWN", shut || losses_of(p));
+        check_lost(p, "EUNKNOWN", shut || losses_of(p) || (world.links_given && any_loss()));
         break;
     case NETCHAN_ENOMEM:
         if (!world.no_memory) broken("a send on %s ended with ENOMEM", describe(p));
+        break;
+    case NETCHAN_ENOPEER:
+        if (p->kind != DIRECT || !any_loss()) broken("a send on %s ended with ENOPEER", describe(p));
         break;
     default: broken("a send on %s ended with %d", describe(p), result);
     }
@@ -562,10 +775,20 @@ static void end_send(task *t, size_t i, int result) {
         broken("value %llu was taken, but its send ended with %d", (ull)number_of(v), result);
 }
 
+/* The channel that this listener has for that dialler alone, or NULL. */
+static const place *aside_of(const port *dialler, const port *listener) {
+    for (size_t i = 0; i < world.place_count; i++) {
+        const place *p = &world.places[i];
+        if (p->kind == OWN_SEND && p->peer == dialler && p->port == listener) return p;
+    }
+    return NULL;
+}
+
 /* Do the values from there come here, in a session that is the first of this port? */
 static bool is_source(const place *from, const place *at) {
     if (from->kind == LOCAL) return true;
-    const netchan__session *s = at->port->hub.session;
+    const netchan__session *s = at->kind == IMPORT ? NULL : at->port->hub.session;
+    if (from->kind == IMPORT || is_shared(from) || aside_of(at->port, from->port)) return false;
     return s && !at->port->ends && world.nodes[at->node].peers[s->peer.number]->send == from;
 }
 
@@ -573,9 +796,18 @@ static bool is_source(const place *from, const place *at) {
 static void check_closed(place *at) {
     bool found = false;
     if (world.over || (at->port && at->port->hub.hanging_up)) return;
+    if ((is_aside(at) || is_shared(at)) && any_loss()) return;
+    if (is_family(at)) {
+        place *home = home_of(at);
+        if (!home->shut) broken("a receive on an open channel, %s, ended with ECLOSED", describe(at));
+        if (home->held && home->cap && home->ch && !losses_of(home))
+            broken("a receive on %s ended with ECLOSED, but there are values", describe(at));
+        home->drained = true;
+        return;
+    }
     for (size_t i = 0; i < world.place_count; i++) {
         place *from = &world.places[i];
-        if (!from->closed || !leads_to(from, at)) continue;
+        if ((!from->closed && !from->shut) || !leads_to(from, at)) continue;
         found = true;
         if (!from->ch || !is_source(from, at)) continue;
         if (from->held && from->cap && !losses_of(from))
@@ -589,7 +821,13 @@ static void end_receive(task *t, place *p, int result) {
     switch (result) {
     case NETCHAN_OK: take(t, p); break;
     case NETCHAN_ECLOSED: check_closed(p); break;
-    case NETCHAN_ELOST: check_lost(p, "ELOST", p->kind == END_RECV && had_ends(p)); break;
+    case NETCHAN_ETOOBIG: /* what would have to pass a process twice, or has more ends than somebody on the way takes */
+        if (!is_shared(p) || !(world.plan.large || world.plan.max_ends))
+            broken("a receive on %s ended with ETOOBIG", describe(p));
+        break;
+    case NETCHAN_ELOST:
+        check_lost(p, "ELOST", (p->kind == END_RECV || is_shared(p) || is_aside(p)) && had_ends(p));
+        break;
     case NETCHAN_ENOMEM:
         if (!world.no_memory) broken("a receive on %s ended with ENOMEM", describe(p));
         break;
@@ -644,6 +882,18 @@ static void free_task(task *t) {
     free(t);
 }
 
+static bool is_in_use(const place *p) {
+    for (size_t i = 0; i < MAX_THREADS; i++)
+        for (size_t j = 0; world.tasks[i] && j < world.tasks[i]->op.count; j++)
+            if (world.tasks[i]->places[j] == p) return true;
+    return false;
+}
+
+/* An end that was dropped is gone with the last task that used it. */
+static void forget_place(place *p) {
+    if (p->dropped && !is_in_use(p)) p->ch = NULL;
+}
+
 static void leave(task *t) {
     for (size_t i = 0; i < t->op.count; i++) {
         netchan__waiter *w = &t->waiters[i];
@@ -651,8 +901,14 @@ static void leave(task *t) {
             broken("op %llu is over, but case %zu is not", (ull)t->op.id, i);
         netchan_clear(&w->value);
         netchan_free(t->held[i]);
+        for (size_t j = 0; t->values[i] && j < t->values[i]->ends; j++) netchan_free(t->items[i][1 + j].as.chan);
     }
+    place *places[MAX_CASES];
+    size_t count = t->op.count;
+    memcpy(places, t->places, sizeof places);
     free_task(t);
+    for (size_t i = 0; i < count; i++)
+        if (places[i]) forget_place(places[i]);
 }
 
 /* The thread of a finished operation wakes up. */
@@ -701,13 +957,14 @@ static void add_case(task *t, place *p, bool is_send) {
     t->places[i] = p;
     t->held[i] = p ? netchan_retain(p->ch) : NULL;
     t->cases[i] = netchan_case_recv(p ? p->ch : NULL, NULL);
+    t->waiters[i].to = p ? p->to : 0;
     if (p && is_send) {
         value *v = &values[world.value_count++];
         memset(v, 0, sizeof *v);
         v->place = p;
         v->thread = t->thread;
         v->op = t->op.id;
-        v->barred = p->closed;
+        v->barred = p->closed || (is_shared(p) && p->ch->closing);
         t->values[i] = v;
         t->cases[i] = netchan_case_send(p->ch, make_value(t, i));
     }
@@ -746,7 +1003,7 @@ static void run_task(task *t) {
 static bool is_used(const place *p, size_t thread) {
     bool even = thread % 2 == 0, owes = world.owed[thread] != NULL;
     switch (world.plan.shape) {
-    case MIXED: break;
+    case MIXED: case ENDS: break;
     case STREAMS: return p->kind != LOCAL && p->ch->may_send == even;
     case WORKERS: return p->kind == WORK || p->kind == END_RECV;
     case SUCCESSION: return p->kind == MERGE || p->kind == END_SEND;
@@ -763,10 +1020,36 @@ static size_t find_usable(size_t thread, place **usable) {
     size_t count = 0;
     for (size_t i = 0; i < world.place_count; i++) {
         place *p = &world.places[i];
-        if (!p->ch || p->node != thread / THREADS || (p->port && p->port->stopping)) continue;
+        if (!is_live(p, thread / THREADS) || (p->port && p->port->stopping)) continue;
         if (is_used(p, thread)) usable[count++] = p;
     }
     return count;
+}
+
+/* One of these by which somebody who waits can be reached; NULL: by chance there is none. */
+static place *draw_partner(place **usable, size_t count, bool *is_send) {
+    const task *t = world.tasks[below(MAX_THREADS)];
+    if (!t || t->told || !t->op.count) return NULL;
+    size_t i = below(t->op.count);
+    place *at = t->places[i];
+    *is_send = !t->values[i];
+    for (size_t tries = 0; at && tries < 2 * count; tries++) {
+        place *p = usable[below(count)];
+        if (*is_send ? p->ch->may_send && leads_to(p, at) : p->ch->may_receive && leads_to(at, p)) return p;
+    }
+    return NULL;
+}
+
+/* One of these, mostly one of those that lead somewhere. */
+static place *draw_place(place **usable, size_t count, bool *is_send) {
+    place *p = NULL;
+    for (int i = 0; i < 5 && !p && chance(80); i++) p = draw_partner(usable, count, is_send);
+    if (p) return p;
+    p = usable[below(count)];
+    for (int i = 0; i < 4 && ((p->kind == LOCAL && !p->given) || p->ch->gone); i++) p = usable[below(count)];
+    for (int i = 0; i < 2 && p->kind != IMPORT; i++) p = usable[below(count)];
+    *is_send = p->ch->may_send && (!p->ch->may_receive || chance(50));
+    return p;
 }
 
 static void start(size_t thread) {
@@ -780,7 +1063,10 @@ static void start(size_t thread) {
           nowait ? "without waiting" : finite ? "for a time" : "for ever");
     for (size_t i = 0; i < cases; i++) {
         place *p = i && chance(3) ? NULL : usable[below(count)];
-        add_case(t, p, p && p->ch->may_send && (!p->ch->may_receive || chance(50)));
+        bool is_send = p && p->ch->may_send && (!p->ch->may_receive || chance(50));
+        if (p && world.plan.ends) p = draw_place(usable, count, &is_send);
+        if (p && p->kind == DIRECT && cases > 1) p = p->port->send;
+        add_case(t, p, is_send);
         if (p && p->kind == END_SEND && t->op.count == 1 && cases == 1) t->values[0]->answers = world.owed[thread];
     }
     run_task(t);
@@ -802,8 +1088,10 @@ static void close_place(place *p) {
     trace("%s is closed", describe(p));
     be(p->node);
     bar_waiting(p);
-    p->closed = true;
-    if (netchan_close(p->ch) != NETCHAN_OK) broken("netchan_close: %s", netchan_errmsg());
+    p->closed = home_of(p)->shut = true;
+    bool others = is_shared(p) || is_aside(p); /* may have closed it */
+    int result = others && p->ch->closing ? NETCHAN_ECLOSED : NETCHAN_OK;
+    if (netchan_close(p->ch) != result) broken("netchan_close: %s", netchan_errmsg());
     if (netchan_close(p->ch) != NETCHAN_ECLOSED) broken("a channel was closed twice");
 }
 
@@ -863,6 +1151,11 @@ static const char *frame_name(unsigned type) {
 /* The value that begins with these encoded bytes. */
 static value *peek(netchan__reader r) {
     const uint8_t *tag = netchan__read_bytes(&r, 1);
+    if (tag && *tag == 0x88) { /* with ends */
+        netchan__read_varint(&r);
+        netchan__read_varint(&r);
+        tag = netchan__read_bytes(&r, 1);
+    }
     uint64_t number = tag && *tag < 0x40 ? *tag : netchan__read_varint(&r); /* a small number, a number, or a size */
     if (tag && *tag == 0x87 && netchan__left(&r) >= 8) number = netchan__load(r.p, 8);
     if (r.bad || number < 1 || number > world.value_count) broken("a record with a value that nobody sent");
@@ -879,7 +1172,10 @@ static void note_left(const uint8_t *data, size_t size) {
         r.p += length;
         uint64_t flags = 0;
         for (; fields && *fields && *fields != 'v' && *fields != 'b'; fields++) {
-            if (*fields == 'p' && flags & NETCHAN__RELAYED) netchan__read_bytes(&body, 16);
+            if (*fields == 'p' && flags & NETCHAN__RELAYED) {
+                netchan__read_bytes(&body, 16);
+                add_up(&shared->relayed, 1);
+            }
             if (*fields == 'p') continue;
             ignored = netchan__read_varint(&body);
             if (*fields == 'f') flags = ignored;
@@ -1152,6 +1448,7 @@ static port *open_port(size_t n, route *l, size_t at) {
     o.max_message = max_message(n);
     o.max_memory = world.plan.max_memory[n];
     o.max_ops = 1000;
+    o.max_ends = world.plan.max_ends;
     o.ping_ms = world.plan.ping_ms;
     o.resume_ms = world.plan.resume_ms;
     o.no_redelivery = world.plan.no_redelivery;
@@ -1184,7 +1481,7 @@ static void open_site(size_t i) {
 /* Why a session may be lost. Anything else says that somebody broke the protocol. */
 static void check_reason(const char *reason) {
     static const char *const always[] = {"hung up", "did not come back", "is not known", "no address leads",
-        "is hanging up"};
+        "is hanging up", "the simulator says so"};
     for (size_t i = 0; i < sizeof always / sizeof *always; i++)
         if (strstr(reason, always[i])) return;
     if (world.no_memory && strstr(reason, "memory")) return;
@@ -1256,15 +1553,21 @@ static void close_port(port *p) {
     read_all_events();
     observe();
     netchan__hub_free(&p->hub);
+    for (size_t i = 0; i < world.place_count; i++)
+        if (world.places[i].port == p && world.places[i].kind == DIRECT) world.places[i].ch = NULL;
     p->send->ch = p->recv->ch = NULL;
     if (p->route) p->route->port = NULL;
     else if (world.sites[p->site].port == p) world.sites[p->site].port = NULL;
 }
 
 /* As netchan_hangup() begins. linger: nanoseconds. */
+static void end_import(port *p);
+
 static void hang_up(port *p, uint64_t linger) {
     if (p->hub.hanging_up) return;
+    if (p->wanted) end_import(p);
     trace("port %zu hangs up", p->index);
+    world.hung_up = true;
     be(p->node);
     lock_net();
     p->hub.hanging_up = true;
@@ -1381,6 +1684,7 @@ static void break_link(void) {
 /* The process ends; nobody there says anything any more. */
 static void kill_node(size_t n) {
     trace("node %zu dies", n);
+    world.hung_up = true;
     be(n);
     for (size_t i = 0; i < 2 * MAX_CONNS; i++) {
         side *x = &world.conns[i / 2].sides[i % 2];
@@ -1405,6 +1709,8 @@ static void kill_node(size_t n) {
         if (!p->open || p->node != n) continue;
         p->open = false;
         p->died = true;
+        free(p->wanted);
+        p->wanted = NULL;
         if (p->route) p->route->port = NULL;
         else if (world.sites[p->site].port == p) world.sites[p->site].port = NULL;
     }
@@ -1412,6 +1718,11 @@ static void kill_node(size_t n) {
     while (head->next != head) node_free(head->next + 1);
     memset(&netchan__net, 0, sizeof netchan__net);
     world.nodes[n].alive = false;
+}
+
+/* Is there room for another place, beside those of all ports to come? */
+static bool has_places(void) {
+    return world.place_count + 2 * (MAX_PORTS - world.port_count) < MAX_PLACES;
 }
 
 static void start_node(size_t n) {
@@ -1427,7 +1738,7 @@ static void start_node(size_t n) {
     netchan__net.on_drained = netchan__lane_drained;
     for (size_t i = 0; i < 16; i++) netchan__net.process[i] = (uint8_t)draw();
     for (size_t i = below(LOCALS + 1); i > 0; i--) {
-        if (world.place_count + 2 * (MAX_PORTS - world.port_count) >= MAX_PLACES) break;
+        if (!has_places()) break;
         size_t cap = draw_capacity();
         add_place(n, LOCAL, cap, NULL, netchan_make(cap));
     }
@@ -1507,26 +1818,29 @@ static void check_lane(const netchan__lane *lane) {
     if (lane->pinned > lane->out || lane->out > lane->matching || lane->reserved > lane->matching)
         broken("a lane counts wrong");
     bool ready = lane->cap ? lane->count > 0 && !lane->pinned : lane->senders.head != NULL;
+    if (lane->is_direct) ready = false;
     if (lane->is_ready != ready && !lane->closing) broken("a lane is listed wrong");
 }
 
-/* A peer may have no memory for large values now, or never. */
-static bool may_wait(const netchan__waiter *w, size_t size) {
-    return !w->op && size > NETCHAN__FRAGMENT;
+/* A peer may have no memory for large values now, or never, or for more ends. */
+static bool may_wait(const netchan__waiter *w, const netchan_value *v, size_t size) {
+    return !w->op && (size > NETCHAN__FRAGMENT || netchan__too_many_ends(w->peer, v));
 }
 
 /* Invariant I2: nobody idle is left with somebody idle, unless a link is down. */
 static void check_pairs(const netchan__lane *lane) {
     for (const netchan__waiter *r = lane->ch->receivers.head; r; r = r->next) {
-        bool idle = is_idle(r) && (r->op || !r->peer->down);
-        if (idle && lane->cap && lane->count && !lane->pinned && !may_wait(r, lane->slots[lane->first].size))
+        bool idle = is_idle(r) && (r->op || !r->peer->down) && !(lane->is_direct && r->peer != lane->only);
+        const netchan__slot *first = &lane->slots[lane->first];
+        if (idle && lane->cap && lane->count && !lane->pinned && !may_wait(r, &first->value, first->size))
             broken("a value and a receiver were left");
         for (const netchan__waiter *s = lane->senders.head; s && idle && !lane->cap && !lane->closing; s = s->next)
-            if (is_idle(s) && !netchan__same_op(s, r) && netchan__can_ask(s) && !may_wait(r, s->size))
+            if (is_idle(s) && !netchan__same_op(s, r) && netchan__can_ask(s) && !may_wait(r, &s->value, s->size))
                 broken("a sender and a receiver were left");
     }
     for (const netchan__waiter *s = lane->senders.head; s && netchan__slot_free(lane) && !lane->closing; s = s->next)
-        if (is_idle(s) && netchan__can_ask(s)) broken("a sender and a free slot were left");
+        if (is_idle(s) && netchan__can_ask(s) && netchan__may_store((netchan__waiter *)s))
+            broken("a sender and a free slot were left");
 }
 
 static void check_end(const netchan *ch) {
@@ -1583,7 +1897,7 @@ static void check_port(port *p) {
     size_t sessions = 0;
     for (const netchan__session *s = p->hub.sessions; s; s = s->next) sessions++;
     if (p->hub.peers != sessions) broken("%zu peers are counted, there are %zu", p->hub.peers, sessions);
-    if (p->blind) return;
+    if (p->blind || world.plan.ends) return; /* what passes through ends is counted as well */
     if (p->hub.unknown != p->unknown) broken("%llu unknown values are counted", (ull)p->hub.unknown);
     if (p->hub.stats.lost != p->losses) broken("%llu sessions count as lost", (ull)p->hub.stats.lost);
     if (p->hub.stats.resumes != p->resumes) broken("%llu sessions count as resumed", (ull)p->hub.stats.resumes);
@@ -1598,7 +1912,9 @@ static bool is_remote(const netchan__waiter *w) {
 /* Nobody is matched with whose link is down, unless his value is here. */
 static void check_matches(node *n) {
     for (const netchan__peer *p = netchan__net.peers; p; p = p->next_peer) {
-        uint64_t i = p->number, generation = netchan__session_of((netchan__peer *)p)->generation;
+        const netchan__session *session = netchan__session_of((netchan__peer *)p);
+        uint64_t i = p->number;
+        uint64_t generation = p->send ? session->hub->stats.resumes : session->generation; /* a dialler asks first */
         if (i >= MAX_PEERS) continue;
         if (!p->down) n->down[i] = 0;
         else if (!n->down[i] || n->generation[i] != generation) n->down[i] = netchan__net.last_id + 1;
@@ -1621,11 +1937,11 @@ static void check_node(size_t n) {
     world.nodes[n].touched = false;
     for (size_t i = 0; i < world.place_count; i++) {
         const place *p = &world.places[i];
-        if (p->node != n || !p->ch) continue;
+        if (p->node != n || !p->ch || p->kind == DIRECT) continue;
         if (p->ch->is_end) check_end(p->ch);
         for (const netchan__lane *lane = p->ch->is_end ? NULL : p->ch->lanes; lane; lane = lane->next) {
             check_lane(lane);
-            if (!p->port || !p->port->hub.shut) check_pairs(lane);
+            if ((!p->port || !p->port->hub.shut) && !(lane->is_direct && !lane->only)) check_pairs(lane);
         }
     }
     for (size_t i = 0; i < world.port_count; i++)
@@ -1652,6 +1968,21 @@ static netchan__session *other_session(const netchan__session *s) {
     return x ? other_side(x)->wire.session : NULL;
 }
 
+/* The home knows of this waiter, and all on the way do. */
+static void check_entry(const task *t, const netchan__session *s, uint64_t id) {
+    const netchan__waiter *entry = id ? (const netchan__waiter *)netchan__map_get(&s->peer.waiters, id) : NULL;
+    if (!entry || !entry->queue || entry->op_id != t->op.id)
+        broken("op %llu waits, but its home does not know it", (ull)t->op.id);
+    if (!entry->ch->is_end) return;
+    const netchan *ch = entry->ch;
+    if (!ch->home || (ch->credited && entry->is_send && ch->lane.cap && !ch->credit)) return;
+    const netchan__remote *r = netchan__remote_of((netchan__waiter *)entry);
+    if (!r->up || r->step != NETCHAN__IDLE || r->down || entry->claim)
+        broken("op %llu is relayed to nobody, or is being negotiated for ever", (ull)t->op.id);
+    s = other_session(netchan__session_of(r->up));
+    if (s) check_entry(t, s, r->up_id);
+}
+
 static void check_waiting(const task *t, size_t i) {
     const place *p = t->places[i];
     const netchan__waiter *w = &t->waiters[i];
@@ -1659,14 +1990,17 @@ static void check_waiting(const task *t, size_t i) {
     if (!p) return;
     if (!p->ch) broken("op %llu waits on a link that was hung up, %s", op, describe(p));
     if (w->match || w->claim) broken("case %zu of op %llu is being negotiated for ever", i, op);
-    if (w->is_send ? p->ch->closing : p->ch->closed) broken("op %llu waits on a closed channel, %s", op, describe(p));
+    const netchan *ch = p->kind == DIRECT && w->lane ? w->lane->ch : p->ch; /* it may have been taken aside */
+    if (w->is_send ? ch->closing : ch->closed) broken("op %llu waits on a closed channel, %s", op, describe(p));
     if (!w->queue) broken("case %zu of op %llu waits nowhere", i, op);
-    const netchan__session *s = p->port && p->port->hub.dials ? other_session(p->port->hub.session) : NULL;
+    if (p->kind == IMPORT && p->ch->gone) broken("op %llu waits at a lost end, %s", op, describe(p));
+    const netchan__session *s = NULL;
+    if (p->port && p->port->hub.dials) s = p->port->hub.session;
+    if (p->kind == IMPORT) s = netchan__session_of(p->ch->home);
+    s = other_session(s);
     if (!s) return;
-    if (w->is_send && (p->cap || p->ch->detached) && !w->id) return; /* for credit, or its turn */
-    const netchan__waiter *entry = (const netchan__waiter *)netchan__map_get(&s->peer.waiters, w->id);
-    if (!w->id || !entry || !entry->queue || entry->op_id != t->op.id)
-        broken("op %llu waits, but its home does not know it", op);
+    if (p->kind != IMPORT && w->is_send && (p->cap || p->ch->detached) && !w->id) return; /* for credit, or its turn */
+    check_entry(t, s, w->id);
 }
 
 static void check_tasks(void) {
@@ -1690,25 +2024,77 @@ static void check_stream(const netchan__session *s, const netchan__session *othe
     if (s->peer.breach) broken("a breach: %s", s->peer.breach);
 }
 
+/* What this side remembers of the waiters of the other must be what the other has. */
+static void check_entries(const netchan__session *s, const netchan__session *other) {
+    size_t offered = 0;
+    be(((side *)other->wire->owner)->port->node);
+    for (size_t i = 0; i < s->peer.waiters.cap; i++) {
+        const netchan__waiter *entry = (const netchan__waiter *)s->peer.waiters.slots[i].item, *w;
+        if (!s->peer.waiters.slots[i].key) continue;
+        w = (const netchan__waiter *)netchan__map_get(&netchan__net.waiters, entry->id);
+        if (!w || (w->op ? w->peer : netchan__remote_of((netchan__waiter *)w)->up) != &other->peer)
+            broken("op %llu is remembered, which is over", (ull)entry->op_id);
+        if (entry->here) offered += entry->size;
+    }
+    if (s->peer.offered != offered || other->peer.offering != offered)
+        broken("%zu bytes are offered, and counted as %zu and %zu", offered, s->peer.offered, other->peer.offering);
+}
+
+/* What this side has given to the other is what the other has. */
+static void check_exports(const netchan__session *s, const netchan__session *other) {
+    size_t revoked = 0;
+    for (size_t i = 0; i < s->peer.exports.cap; i++) {
+        const netchan__export *x = (const netchan__export *)s->peer.exports.slots[i].item;
+        if (!s->peer.exports.slots[i].key) continue;
+        const netchan *ch = (const netchan *)netchan__map_get(&other->peer.imports, x->id);
+        if (!ch) broken("an end was given away, and nobody has it");
+        if (ch->named != x->named) broken("an end was named %llu times, and heard %llu", (ull)x->named, (ull)ch->named);
+        if (ch->may_receive != x->receives || ch->home != &other->peer) broken("an end is another");
+        if (!ch->refs) broken("an end is held by nobody");
+        bool closed = x->receives ? ch->closed : ch->closing, right = x->receives ? x->ch->closed : x->ch->closing;
+        bool may = world.plan.large; /* a name in a large value may be older than what was said of its end meanwhile */
+        if (closed != right && !(may && right) && !x->revoked) broken("an end is %sclosed", closed ? "" : "not ");
+        bool gone = x->revoked || x->ch->gone;
+        if (ch->gone != gone && !(may && gone)) broken("an end is %sgone", ch->gone ? "" : "not ");
+        revoked += x->revoked;
+        const netchan__name *name = s->hub->names;
+        while (name && ((uint64_t)(uintptr_t)name | name->receives) != x->key) name = name->next;
+        if (x->by_name && !x->revoked && !name) broken("an end outlives its name");
+    }
+    if (s->peer.exports.count != other->peer.imports.count)
+        broken("%zu ends were given away, and %zu are there", s->peer.exports.count, other->peer.imports.count);
+    if (s->peer.exported.count + revoked != s->peer.exports.count) broken("exports are listed wrong");
+}
+
+/* A name is waited for only as long as the other side wants it. */
+static void check_asked(const netchan__session *s, const netchan__session *other) {
+    size_t count = 0;
+    for (const netchan__asked *a = s->hub->asked; a; a = a->next) {
+        const netchan__wanted *w = other->hub->wanted;
+        if (a->session != s) continue;
+        while (w && w->number != a->number) w = w->next;
+        if (!w) broken("a question for %s is not forgotten", a->text);
+        if (netchan__find_name(s->hub, a->text, strlen(a->text))) broken("%s is there, and was not answered", a->text);
+        count++;
+    }
+    if (count != s->asks) broken("%zu questions are counted, there are %zu", s->asks, count);
+}
+
 /* What a home remembers of a peer must be what the peer has. */
 static void check_peers(const port *p) {
     const netchan__session *s = p->hub.session, *other = other_session(s);
     const netchan__peer *dialler = &s->peer, *home = &other->peer;
     const netchan *ch = p->send->ch;
     const netchan__lane *lane = home->lane && !home->lane->closing ? home->lane : NULL;
-    size_t offered = 0;
-    be(p->node);
     check_stream(s, other);
     check_stream(other, s);
-    for (size_t i = 0; i < home->waiters.cap; i++) {
-        const netchan__waiter *entry = (const netchan__waiter *)home->waiters.slots[i].item, *w;
-        if (!home->waiters.slots[i].key) continue;
-        w = (const netchan__waiter *)netchan__map_get(&netchan__net.waiters, entry->id);
-        if (!w || w->peer != dialler) broken("a home remembers op %llu, which is over", (ull)entry->op_id);
-        if (entry->here) offered += entry->size;
-    }
-    if (dialler->offered != offered || home->offered != offered)
-        broken("%zu bytes are offered, and counted as %zu and %zu", offered, dialler->offered, home->offered);
+    check_exports(s, other);
+    check_exports(other, s);
+    check_asked(s, other);
+    check_asked(other, s);
+    check_entries(s, other);
+    check_entries(other, s);
+    be(p->node);
     if (dialler->reserved || home->reserved)
         broken("%zu and %zu bytes stay reserved", dialler->reserved, home->reserved);
     if (lane && lane->lent != ch->credit)
@@ -1716,7 +2102,8 @@ static void check_peers(const port *p) {
     if (p->send->closed && lane && !ch->detached)
         broken("%s is closed, and its home does not know", describe(p->send));
     if (home->work->closed && !p->recv->ch->closed) broken("CLOSED did not arrive at %s", describe(p->recv));
-    if (home->shipping) broken("%zu bytes stay counted as being shipped", home->shipping);
+    if (home->shipping || dialler->shipping)
+        broken("%zu and %zu bytes stay counted as being shipped", home->shipping, dialler->shipping);
     if (lane && lane->cap && !lane->count && ch->lane.senders.head)
         broken("a sender at %s waits for an empty buffer", describe(p->send));
 }
@@ -1725,16 +2112,18 @@ static void check_channels(void) {
     for (size_t i = 0; i < world.plan.nodes; i++) {
         be(i);
         if (netchan__net.matches.count) broken("%zu matches are left", netchan__net.matches.count);
+        if (netchan__net.relays.count) broken("%zu relayed matches are left", netchan__net.relays.count);
     }
     for (size_t i = 0; i < world.place_count; i++) {
         const place *p = &world.places[i];
         for (const netchan__lane *lane = !p->ch || p->ch->is_end ? NULL : p->ch->lanes; lane; lane = lane->next) {
             if (lane->out || lane->reserved || lane->pinned || lane->matching)
                 broken("a lane of %s is not at rest", describe(p));
-            if (p->kind == MERGE && lane->closing && !lane->count) broken("a lane that is closed and empty is left");
+            if ((p->kind == MERGE || p->kind == OWN_RECV) && lane->closing && !lane->count)
+                broken("a lane that is closed and empty is left");
         }
-        if (!p->ch || p->ch->is_end || !p->closed) continue;
-        if (p->ch->closed != (p->ch->lane.count == 0))
+        if (!p->ch || p->ch->is_end || !p->ch->closing || p->ch->gone || p->kind == DIRECT) continue;
+        if (p->ch->closed != netchan__is_empty(p->ch))
             broken("%s is closed, and %zu values are left", describe(p), p->ch->lane.count);
     }
 }
@@ -1742,10 +2131,12 @@ static void check_channels(void) {
 static void mark_present(const netchan_value *v, const place *at, bool redelivered) {
     value *found = identify(v);
     ull number = (ull)number_of(found);
-    if (found->place != at && !(at->kind == MERGE && leads_to(found->place, at)))
+    bool direct = found->place->kind == DIRECT && at->port == found->place->port;
+    bool merged = (at->kind == MERGE || at->kind == OWN_RECV) && leads_to(found->place, at);
+    if (home_of(found->place) != at && !merged && !direct)
         broken("value %llu is in a wrong buffer", number);
     if (found->present) broken("value %llu is there twice", number);
-    if (found->fate != SENT && (found->fate != UNKNOWN || !found->place->cap))
+    if (found->fate != SENT && (found->fate != UNKNOWN || !home_of(found->place)->cap))
         broken("value %llu is in a buffer, and its fate is %d", number, (int)found->fate);
     if (found->taken && !redelivered) broken("value %llu was taken and is still there", number);
     found->present = true;
@@ -1771,7 +2162,7 @@ static void mark_all(void) {
     for (size_t i = 0; i < world.value_count; i++) values[i].present = false;
     for (size_t i = 0; i < world.place_count; i++) {
         const place *p = &world.places[i];
-        if (!p->ch) continue;
+        if (!p->ch || p->kind == DIRECT) continue;
         be(p->node);
         if (p->ch->is_end) mark_detached(p);
         for (const netchan__lane *lane = p->ch->is_end ? NULL : p->ch->lanes; lane; lane = lane->next)
@@ -1786,8 +2177,10 @@ static void mark_all(void) {
 static uint64_t may_vanish(const place *p) {
     const port *x = p->port;
     uint64_t n = 0;
-    if (!x) return p->ch ? 0 : UINT64_MAX;
+    if (x && world.links_given && any_loss()) return UINT64_MAX;
+    if (!x) return p->ch && !(p->given && world.plan.no_redelivery && any_loss()) ? 0 : UINT64_MAX;
     if (x->died || x->blind) return UINT64_MAX;
+    if (is_aside(p)) return any_loss() ? UINT64_MAX : 0;
     if (p->kind == WORK) n = world.plan.no_redelivery ? x->unknown : 0;
     else n = x->unknown;
     if (x->reported) n = x->report.undelivered + x->report.unknown;
@@ -1811,7 +2204,7 @@ static void check_vanished(const place *p, uint64_t vanished, uint64_t unsent) {
     else if (p->ch) given_up = p->ch->undelivered;
     if (unsent > given_up && most != UINT64_MAX)
         broken("%llu values never left %s, and vanished", (ull)unsent, describe(p));
-    if (x && x->reported && !x->blind && p == x->send && vanished < given_up)
+    if (x && x->reported && !x->blind && p == x->send && world.plan.shape != ENDS && vanished < given_up)
         broken("%llu values of %s were reported as undelivered, and only %llu are", (ull)given_up, describe(p),
                (ull)vanished);
 }
@@ -1825,8 +2218,8 @@ static void check_values(void) {
         if (v->taken && v->fate != SENT && v->fate != UNKNOWN)
             broken("value %zu was taken, and its fate is %d", i + 1, (int)v->fate);
         if (v->fate != SENT || v->taken || v->present) continue;
-        vanished[v->place->index]++;
-        unsent[v->place->index] += !v->left && !v->large;
+        vanished[home_of(v->place)->index]++;
+        unsent[home_of(v->place)->index] += !v->left && !v->large;
     }
     for (size_t i = 0; i < world.place_count; i++) check_vanished(&world.places[i], vanished[i], unsent[i]);
 }
@@ -1922,7 +2315,7 @@ static bool end_ghosts(void) {
             next = s->next;
             if (s->wire || find_dialler(s)) continue;
             netchan__end_session(s, "its dialler hung up");
-            ended = true;
+            world.hung_up = ended = true;
         }
         unlock_net();
     }
@@ -1993,10 +2386,13 @@ static bool drain_one(place *p) {
 static bool is_reachable(const place *p) {
     const netchan__lane *lane = &p->ch->lane;
     if (p->kind == LOCAL) return true;
+    if (world.plan.max_ends && p->kind == DIRECT) return false;
+    if (world.plan.max_ends && lane->count && netchan__has_ends(&lane->slots[lane->first].value)) return false;
     if (p->kind == END_SEND) return p->port->hub.session != NULL;
     if (lane->count && lane->slots[lane->first].size > NETCHAN__FRAGMENT) return false; /* larger than its peers take */
     for (const netchan__session *s = p->port->hub.sessions; s; s = s->next) {
         const netchan__session *other = other_session(s);
+        if (p->kind == DIRECT ? s->peer.number != p->to : s->peer.work != p->ch) continue;
         if (other && other->peer.recv && !other->peer.recv->closed) return true;
     }
     return false;
@@ -2006,12 +2402,13 @@ static bool is_reachable(const place *p) {
 static void drain(void) {
     for (size_t empty = 0; empty < 2; empty++) { /* once more after the last, as links may have been replaced */
         for (size_t i = 0; i < world.place_count; i++)
-            while (world.places[i].ch && world.places[i].ch->may_receive && drain_one(&world.places[i])) empty = 0;
+            while (world.places[i].ch && !world.places[i].dropped && world.places[i].ch->may_receive &&
+                   drain_one(&world.places[i])) empty = 0;
         come_to_rest();
     }
     check_rest();
     for (size_t i = 0; i < world.value_count; i++) {
-        const place *p = values[i].place;
+        const place *p = home_of(values[i].place);
         if (values[i].present && p->ch && is_reachable(p))
             broken("value %zu cannot be drained from %s", i + 1, describe(p));
         if (values[i].present && !p->ch) broken("value %zu cannot be drained", i + 1);
@@ -2019,6 +2416,31 @@ static void drain(void) {
 }
 
 /* --- one run ------------------------------------------------------------------------------------------------------ */
+
+/* Channels in values. */
+static void draw_ends(plan *p) {
+    if (p->shape != ENDS) return;
+    p->nodes = 3 + below(MAX_NODES - 2);
+    p->ends = chance(50) ? 20 : 60;
+    p->drops = chance(30) ? 0 : below(40);
+    p->accepts = chance(50) ? 0 : 2 + below(20);
+    p->names = chance(50) ? 0 : 2 + below(20);
+    p->link_ends = chance(40);
+    p->losses = p->strict || chance(50) ? 0 : 1 + below(6);
+    p->max_ends = chance(15) ? 1 + below(6) : 0;
+    p->steps = 200 + below(chance(10) ? 10000 : chance(60) ? 4000 : 1000);
+    p->threads = THREADS - 1;
+    p->finite = chance(30) ? 100 : 60 + below(40);
+    p->selects = chance(20) ? 10 : 40 + below(60);
+    p->links = 1 + below(MAX_LINKS);
+    p->medium = chance(70) ? p->medium : 50;
+    p->whole = chance(70) ? 95 : p->whole;
+    p->nowait = chance(50) ? 0 : 10;
+    p->pace = 200;
+    p->quiet_start = false;
+    if (chance(40)) p->cuts = p->hangups = p->deaths = p->memory = 0;
+    else if (!p->strict) p->deaths = p->hangups = 1; /* the world is large enough to be lost in parts */
+}
 
 static void draw_dangers(plan *p) {
     p->strict = chance(45);
@@ -2040,13 +2462,13 @@ static void draw_plan(plan *p) {
     static const size_t memories[] = {100000, 2 * MAX_MESSAGE, 2 << 20, 64 << 20};
     static const size_t percents[] = {0, 10, 50, 90};
     static const size_t windows[] = {1, 300, 20000, 65536, 4u << 20};
-    p->shape = chance(50) ? MIXED : (shape)below(5);
+    p->shape = chance(30) ? ENDS : chance(50) ? MIXED : (shape)below(5);
     p->nodes = 2 + below(MAX_NODES - 1);
     p->links = 1 + below(MAX_LINKS);
     p->sites = 1 + (chance(40) ? below(MAX_SITES) : 0);
     p->threads = 1 + below(THREADS - 1);
     p->steps = 40 + below(chance(3) ? 20000 : chance(15) ? 3000 : 400);
-    p->selects = p->shape == MIXED ? percents[below(4)] : 0;
+    p->selects = p->shape == MIXED || p->shape == ENDS ? percents[below(4)] : 0;
     p->finite = percents[below(4)];
     p->nowait = chance(50) ? 0 : 5 + below(30);
     p->large = chance(60) ? 0 : 2 + below(chance(30) ? 60 : 10);
@@ -2059,6 +2481,7 @@ static void draw_plan(plan *p) {
     if (p->shape == STREAMS || p->shape == REQUESTS) p->threads = 2;
     if (p->shape == STREAMS || (p->shape == WORKERS && chance(50))) p->links = 1;
     draw_dangers(p);
+    draw_ends(p);
     if (p->shape == SUCCESSION || (p->shape == WORKERS && chance(50))) p->hangups = 5 + below(15);
     p->buffered = p->shape == SUCCESSION || p->shape == WORKERS || chance(30);
     size_t memory = memories[1 + below(3)];
@@ -2072,6 +2495,8 @@ static void draw_plan(plan *p) {
 
 static void build(void) {
     size_t used = world.place_count;
+    if (world.way_count) memset(world.ways, 0, sizeof world.ways);
+    world.way_count = 0;
     memset(world.last, 0, used * sizeof world.last[0]);
     memset(world.last_at, 0, used * sizeof world.last_at[0]);
     memset(&world, 0, offsetof(struct world, last));
@@ -2109,7 +2534,7 @@ static void step_task(void) {
     if (!world.nodes[thread / THREADS].alive) return;
     if (!t) start(thread);
     else if (t->told) reap(t);
-    else if (t->timeout_ms > 0 && !t->expired && chance(15)) expire(t);
+    else if (t->timeout_ms > 0 && !t->expired && chance(world.plan.shape == ENDS ? 6 : 15)) expire(t);
 }
 
 /* Enough for all to come back in the end. */
@@ -2139,6 +2564,148 @@ static void step_return(void) {
     else open_site(k);
 }
 
+static void drop_end(place *p) {
+    trace("%s is dropped", describe(p));
+    be(p->node);
+    p->dropped = true;
+    netchan_free(p->ch);
+    forget_place(p);
+}
+
+/* Mostly one that leads nowhere any more. */
+static void step_drop(void) {
+    place *p = &world.places[below(world.place_count)];
+    bool many = world.place_count + 20 > MAX_PLACES - 2 * (MAX_PORTS - world.port_count);
+    if (p->kind == IMPORT && p->ch && !p->dropped && (p->ch->gone || many || chance(50))) drop_end(p);
+}
+
+/* A listener takes a peer aside. */
+static void step_accept(void) {
+    port *p = &world.ports[below(world.port_count)];
+    netchan_value v;
+    if (!p->open || p->hub.dials || p->hub.hanging_up || !has_places()) return;
+    be(p->node);
+    if (netchan_recv(p->hub.link.accept, &v, NETCHAN_NOWAIT) != NETCHAN_OK) return;
+    uint64_t number = netchan_as_uint(netchan_get(&v, "peer"), 0);
+    netchan *send = netchan_as_chan(netchan_get(&v, "send")), *recv = netchan_as_chan(netchan_get(&v, "recv"));
+    trace("port %zu accepts peer %llu", p->index, (ull)number);
+    if (!number || number >= MAX_PEERS || !world.nodes[p->node].peers[number])
+        broken("peer %llu was accepted", (ull)number);
+    if (!send || !recv || !send->may_send || !recv->may_receive) broken("a peer was accepted without channels");
+    place *pair[2] = {add_place(p->node, OWN_SEND, p->hub.options.buffer, p, netchan_retain(send)),
+                      add_place(p->node, OWN_RECV, 0, p, netchan_retain(recv))};
+    for (int i = 0; i < 2; i++) pair[i]->peer = world.nodes[p->node].peers[number];
+    netchan_clear(&v);
+}
+
+/* Somebody wants to send to one peer only. */
+static void step_direct(void) {
+    port *p = &world.ports[below(world.port_count)];
+    const netchan__session *s = p->open && !p->hub.dials ? p->hub.sessions : NULL;
+    if (!s || !has_places() || p->hub.hanging_up) return;
+    for (size_t i = 0; i < world.place_count; i++)
+        if (world.places[i].port == p && world.places[i].to == s->peer.number) return;
+    be(p->node);
+    place *at = add_place(p->node, DIRECT, p->hub.options.buffer, p, p->hub.link.send);
+    at->to = s->peer.number;
+    at->peer = world.nodes[p->node].peers[at->to];
+}
+
+/* Each channel has a name for each direction. */
+static void name_place(char *text, const place *root, bool receives) {
+    snprintf(text, 16, "%c%zu", receives ? 'r' : 's', root->index);
+}
+
+static void step_export(port *p) {
+    place *at = draw_gift(p->node);
+    char name[16];
+    if (!at || (at->port && at->port == p)) return;
+    bool receives = at->ch->may_receive && (!at->ch->may_send || chance(50));
+    name_place(name, home_of(at), receives);
+    be(p->node);
+    int result = netchan_export(&p->hub.link, name, at->ch, receives ? NETCHAN_RECEIVER : NETCHAN_SENDER);
+    trace("port %zu exports %s as %s: %d", p->index, describe(at), name, result);
+    if (result == NETCHAN_OK) give(home_of(at));
+    else if (!netchan__find_name(&p->hub, name, strlen(name))) broken("netchan_export: %s", netchan_errmsg());
+}
+
+static void step_unexport(port *p) {
+    be(p->node);
+    char name[16];
+    if (!p->hub.names) return;
+    snprintf(name, sizeof name, "%s", p->hub.names->text);
+    trace("port %zu takes %s back", p->index, name);
+    world.revoked = true;
+    CHECK_INT(netchan_unexport(&p->hub.link, name), NETCHAN_OK);
+}
+
+/* As netchan__await_import() ends. */
+static void end_import(port *p) {
+    netchan__wanted *w = p->wanted, **at = &p->hub.wanted;
+    be(p->node);
+    lock_net();
+    while (*at != w) at = &(*at)->next;
+    *at = w->next;
+    for (netchan__session *s = w->is_try || !w->unanswered ? NULL : p->hub.sessions; s; s = s->next)
+        netchan__emit_ids(&s->peer, NETCHAN__FORGET, 0, 0, 0, w->number, 0);
+    unlock_net();
+    trace("port %zu has asked for %s: %s", p->index, w->text, w->end ? "it is here" : netchan_strerror(w->result));
+    if (w->result == NETCHAN_ETYPE) broken("a name is exported in the other direction");
+    if (w->end) {
+        keep_end(p->node, p->wanted_root, w->end);
+        netchan_free(w->end);
+    }
+    free(w);
+    p->wanted = NULL;
+}
+
+/* As netchan__await_import() begins. */
+static void step_import(port *p) {
+    place *root = &world.places[below(world.place_count)];
+    if (p->wanted && (p->wanted->over || chance(20))) end_import(p);
+    if (p->wanted || root->kind == IMPORT || root->kind == DIRECT) return;
+    netchan__wanted *w = p->wanted = (netchan__wanted *)calloc(1, sizeof *w);
+    CHECK(w != NULL);
+    w->receives = chance(50);
+    w->is_try = chance(50);
+    w->result = NETCHAN_ETIMEDOUT;
+    w->text = p->wanted_name;
+    name_place(p->wanted_name, root, w->receives);
+    p->wanted_root = root;
+    trace("port %zu asks for %s", p->index, w->text);
+    be(p->node);
+    lock_net();
+    w->number = ++p->hub.last_wanted;
+    w->next = p->hub.wanted;
+    p->hub.wanted = w;
+    for (netchan__session *s = p->hub.sessions; s; s = s->next)
+        if (!(w->is_try && s->peer.down) && !s->peer.leaving) netchan__ask(s, w);
+    unlock_net();
+}
+
+/* A session is lost though its link is well, at any moment of what is negotiated over it. */
+static void step_loss(void) {
+    port *p = &world.ports[below(world.port_count)];
+    netchan__session *s = p->open ? p->hub.sessions : NULL;
+    while (s && s->next && chance(50)) s = s->next;
+    if (!s) return;
+    trace("port %zu gives session %llu up", p->index, (ull)s->peer.number);
+    world.hung_up = true;
+    be(p->node);
+    lock_net();
+    netchan__breach(&s->peer, "the simulator says so");
+    netchan__hub_tick(&p->hub, world.now);
+    unlock_net();
+}
+
+static void step_name(void) {
+    port *p = &world.ports[below(world.port_count)];
+    if (!p->open || p->hub.hanging_up || !has_places()) return;
+    if (chance(40)) step_export(p);
+    else if (chance(20)) step_unexport(p);
+    else step_import(p);
+}
+
 static void step_trouble(void) {
     const plan *p = &world.plan;
     size_t n = below(p->nodes);
@@ -2153,8 +2720,13 @@ static void step_trouble(void) {
     if (rarely(p->forgeries)) forge_answer();
     if (rarely(p->deaths) && world.nodes[n].alive) kill_node(n);
     if (rarely(p->hangups)) step_hangup();
+    if (p->drops && world.place_count && rarely(p->drops)) step_drop();
+    if (rarely(p->accepts) && world.port_count) step_accept();
+    if (rarely(p->accepts) && world.port_count) step_direct();
+    if (rarely(p->names) && world.port_count) step_name();
+    if (rarely(p->losses) && world.port_count) step_loss();
     place *at = world.place_count ? &world.places[below(world.place_count)] : NULL;
-    if (at && rarely(p->closes) && at->ch && at->ch->may_send && !at->closed &&
+    if (at && rarely(p->closes) && at->ch && !at->dropped && at->kind != DIRECT && at->ch->may_send && !at->closed &&
         !(at->port && at->port->hub.hanging_up)) close_place(at);
 }
 
@@ -2166,9 +2738,15 @@ static void step(void) {
     size_t n = below(world.plan.nodes);
     if (chance(15) && world.nodes[n].alive) tick_node(n);
     else if (chance(5)) step_return();
-    else if (chance(50)) step_task();
-    else step_traffic();
+    else if (chance(world.plan.shape == ENDS ? 35 : 50)) step_task();
+    else
+        for (size_t i = world.plan.shape == ENDS ? 1 + below(4) : 1; i; i--) step_traffic();
     fail_in = 0;
+}
+
+static void empty_place(place *p) {
+    be(p->node);
+    for (netchan_value v; netchan_recv(p->ch, &v, NETCHAN_NOWAIT) == NETCHAN_OK; netchan_clear(&v)) continue;
 }
 
 static void tear_down(void) {
@@ -2190,7 +2768,7 @@ static void tear_down(void) {
         if (world.ports[i].open) go_on_hanging_up(&world.ports[i]);
     for (size_t i = 0; i < world.place_count; i++) {
         place *p = &world.places[i];
-        if (p->ch && !p->closed) close_place(p);
+        if (p->ch && !p->closed && !p->dropped && p->ch->may_send) close_place(p);
         observe();
     }
     check_values();
@@ -2199,8 +2777,12 @@ static void tear_down(void) {
         if (!world.tasks[i]->told) broken("op %llu survives the hangup", (ull)world.tasks[i]->op.id);
         reap(world.tasks[i]);
     }
+    for (size_t i = 0; i < world.place_count; i++) /* which may hold each other */
+        if (world.places[i].ch && (world.places[i].kind == LOCAL || world.places[i].kind == OWN_RECV))
+            empty_place(&world.places[i]);
     for (size_t i = 0; i < world.place_count; i++)
-        if (world.places[i].ch) be(world.places[i].node), netchan_free(world.places[i].ch);
+        if (world.places[i].ch && world.places[i].kind != DIRECT)
+            be(world.places[i].node), netchan_free(world.places[i].ch);
     for (size_t i = 0; i < world.plan.nodes; i++) {
         block *head = &world.nodes[i].blocks;
         be(i);
@@ -2268,7 +2850,8 @@ static int run_tests(void) {
             printf("%s: ended with seed %llu\n", name, (ull)shared->seed[slot]);
         }
     }
-    printf("%llu seeds, %llu values, %llu cuts\n", (ull)shared->seeds, (ull)shared->values, (ull)shared->cuts);
+    printf("%llu seeds, %llu values, %llu cuts, %llu ends, %llu relayed operations\n", (ull)shared->seeds,
+           (ull)shared->values, (ull)shared->cuts, (ull)shared->ends, (ull)shared->relayed);
     printf("%d passed, %d failed\n", passed, failed);
     return failed ? 1 : 0;
 }
@@ -2320,8 +2903,8 @@ static int simulate(uint64_t seeds, uint64_t first) {
         start_worker(workers, i);
         alive++;
     }
-    printf("sim: seeds=%llu values=%llu cuts=%llu violations=%llu\n", (ull)seeds, (ull)shared->values,
-           (ull)shared->cuts, (ull)violations);
+    printf("sim: seeds=%llu values=%llu cuts=%llu ends=%llu relayed=%llu violations=%llu\n", (ull)seeds,
+           (ull)shared->values, (ull)shared->cuts, (ull)shared->ends, (ull)shared->relayed, (ull)violations);
     return violations ? 1 : 0;
 }
 

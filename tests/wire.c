@@ -2321,7 +2321,7 @@ static void test_a_dialler_gets_values_back(void) {
     end_call(&c, &d);
 }
 
-/* --- channel ends in values ---------------------------------------------------------------------------------------- */
+/* --- channel ends in values --------------------------------------------------------------------------------------- */
 
 enum { RECEIVES = 1, YOURS = 2, FAR = 4, IS_CLOSING = 8, IS_CLOSED = 16, IS_GONE = 32 }; /* the first byte of a name */
 enum { NAME = 17 };
@@ -2821,16 +2821,16 @@ static void test_lies_about_ends(void) {
             put_end(&value, RECEIVES, 9, 0);
             reason = "turned";
         }
-        if (i == 15) { /* more than max_ends, in one value */
-            put_byte(&value, 0x88), put_number(&value, 1 + 6 * (2 + NAME)), put_number(&value, 6);
-            for (unsigned k = 0; k < 6; k++) put_end(&value, 0, 9 + k, 0);
+        if (i == 15) { /* more than twice max_ends, in one value */
+            put_byte(&value, 0x88), put_number(&value, 1 + 11 * (2 + NAME)), put_number(&value, 11);
+            for (unsigned k = 0; k < 11; k++) put_end(&value, 0, 9 + k, 0);
             reason = "max_ends";
         }
         if (i == 16) { /* or one by one, which nobody receives */
-            for (unsigned k = 0; k < 6; k++) {
+            for (unsigned k = 0; k < 11; k++) {
                 value.size = 0;
                 put_end(&value, k % 2 ? RECEIVES : 0, 9 + k, 0);
-                if (k < 5) put_offer(&b, &value);
+                if (k < 10) put_offer(&b, &value);
             }
             reason = "max_ends";
         }
@@ -3194,6 +3194,7 @@ static void test_names_that_are_asked_for(void) {
     put_import(&b, 9, TRY, "jobs", 4);
     PUT(&b, CLOSE, e.id);
     raw_say(r, &b);
+    EXPECT(r, &f, ACCEPT, 2, 12); /* ELOST */
     EXPECT(r, &f, IMPORTED, 9, 1);
     check_quiet(r);
     CHECK_INT(netchan_len(ch), 1);
@@ -3337,7 +3338,7 @@ static void test_few_ends(void) {
     PUT(&b, GRANT, get_number(&f), 0);
     raw_say(r, &b);
     CHECK_INT(end_task(&t), NETCHAN_OK);
-    CHECK_INT(netchan_send(m.l->send, netchan_array(two, 2), SHORT), NETCHAN_ETIMEDOUT); /* the good peer could take it */
+    CHECK_INT(netchan_send(m.l->send, netchan_array(two, 2), SHORT), NETCHAN_ETIMEDOUT); /* the good peer could */
     netchan *end_there = raw_give_end(&m, r, 0, 9, 0);
     CHECK_INT(netchan_send(end_there, netchan_array(two, 2), LONG), NETCHAN_ETOOBIG);
     netchan_free(end_there);
