@@ -43,12 +43,13 @@ export BUILD CC CFLAGS MBEDTLS_CFLAGS MBEDTLS_LIBS MBEDTLS_FLAGS
 # A tests/x.sh is a test of its own, and a tests/x.c beside it is its material. Benchmarks are built, not run.
 SCRIPTS := $(filter-out tests/demo.sh,$(wildcard tests/*.sh))
 PROGRAMS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(filter-out $(SCRIPTS:.sh=.c),$(wildcard tests/*.c)))
-TESTS := $(filter-out $(BUILD)/tests/bench%,$(PROGRAMS)) $(SCRIPTS)
+CONFORMANCE := $(BUILD)/tests/conformance
+TESTS := $(filter-out $(BUILD)/tests/bench%,$(PROGRAMS)) $(CONFORMANCE) $(SCRIPTS)
 EXAMPLES := $(patsubst examples/%.c,$(BUILD)/%,$(wildcard examples/*.c))
 FUZZERS := $(patsubst tests/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard tests/fuzz/*.c))
 
 .PHONY: all deps test check sanitize asan tsan matrix symbols lint fuzz sim demo clean
-all: $(EXAMPLES) $(PROGRAMS)
+all: $(EXAMPLES) $(PROGRAMS) $(CONFORMANCE)
 
 $(EXAMPLES): $(BUILD)/%: examples/%.c netchan.h | $(DEPS)
 	@mkdir -p $(@D)
@@ -57,6 +58,10 @@ $(EXAMPLES): $(BUILD)/%: examples/%.c netchan.h | $(DEPS)
 $(PROGRAMS): $(BUILD)/tests/%: tests/%.c netchan.h $(wildcard tests/*.h) | $(DEPS)
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS) $< -o $@ -I. $(MBEDTLS_FLAGS) -lpthread
+
+$(CONFORMANCE): $(wildcard tests/conformance/*.[ch]) netchan.h $(wildcard tests/*.h) | $(DEPS)
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) tests/conformance/conformance.c -o $@ -I. -Itests $(MBEDTLS_FLAGS) -lpthread
 
 $(FUZZERS): $(BUILD)/fuzz/%: tests/fuzz/%.c netchan.h $(wildcard tests/*.h tests/fuzz/*.h) | $(DEPS)
 	@mkdir -p $(@D)

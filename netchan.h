@@ -6519,6 +6519,7 @@ static void netchan__on_imported(netchan__session *s, netchan__frame *f) {
     if (w && end && !w->end && end->may_receive == w->receives) {
         w->end = end;
         w->over = true;
+        w->unanswered -= w->unanswered != 0;
         return;
     }
     netchan_free(end); /* it is not wanted any more */

@@ -1,4 +1,4 @@
-/* Clocks that jump. netchan.h is given a clock of ours: sections [8], [9], [10] and [13]. */
+/* Clocks that jump. netchan.h is given a clock of ours: sections [12], [13], [14] and [17]. */
 #include "alloc.h"
 
 #include <pthread.h>

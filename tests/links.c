@@ -1,4 +1,4 @@
-/* Links between machines, over TLS on loopback: sections [9] to [13] of netchan.h. Both ends are in one process, but
+/* Links between machines, over TLS on loopback: sections [13] to [17] of netchan.h. Both ends are in one process, but
  * where a process has to die. */
 #include "alloc.h"
 

@@ -1,4 +1,4 @@
-/* Links that are replaced before their keys are worn, thousands of times: sections [9] and [10] of netchan.h. */
+/* Links that are replaced before their keys are worn, thousands of times: sections [13] and [14] of netchan.h. */
 #include "alloc.h"
 
 #define NETCHAN_KEY_RECORDS 100

@@ -1,4 +1,4 @@
-/* Sessions without TLS, sockets, threads and clocks: sections [9] and [10] of netchan.h. A dialling and a listening hub
+/* Sessions without TLS, sockets, threads and clocks: sections [13] and [14] of netchan.h. A dialling and a listening hub
  * are joined by cables, each of them two wires and two buffers, and a test decides which bytes arrive when, and when a
  * cable is cut. Operations are begun and left as netchan_send() and netchan_recv() do it, but nobody sleeps on them. */
 #include "alloc.h"

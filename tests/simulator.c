@@ -1,4 +1,4 @@
-/* The simulator: nodes with the real channels, sessions and hubs of netchan.h, [6] to [10], whose links are pipes of
+/* The simulator: nodes with the real channels, sessions and hubs of netchan.h, [6] to [14], whose links are pipes of
  * memory. One thread, no sockets, no TLS, no clock: time is a number, and a generator that starts from a seed decides
  * what happens next. A seed replays exactly.
  *
@@ -9,7 +9,7 @@
  * A node is a process: it has its own copy of what netchan.h keeps for the process, its own memory, and it may die at
  * any moment without a word. Threads of it are tasks: operations on the heap that are begun, expired and left exactly
  * as netchan__run() does it, but never waited for. Links break at any byte, on both sides or for one side only, stand
- * still, and are dialled again as section [13] does it.
+ * still, and are dialled again as section [17] does it.
  *
  * The world knows of each value who sent it and who took it. So after each step and at rest it can say whether what the
  * nodes tell is true: what was sent with OK is taken once and in order, or is in a buffer, or is counted as lost. */
@@ -125,7 +125,7 @@ typedef struct route {
     port *port; /* or NULL */
 } route;
 
-/* What netchan_listen() or netchan_dial() returns: a hub, and what section [13] adds to it. */
+/* What netchan_listen() or netchan_dial() returns: a hub, and what section [17] adds to it. */
 struct port {
     netchan__hub hub;
     size_t index, node, site; /* site: of a listener */
@@ -1266,7 +1266,7 @@ static void deliver(side *x, size_t size) {
     unlock_net();
 }
 
-/* --- connections: what section [13] does -------------------------------------------------------------------------- */
+/* --- connections: what section [17] does -------------------------------------------------------------------------- */
 
 /* As netchan__schedule_dial(). */
 static void schedule_dial(port *p) {

@@ -1,4 +1,4 @@
-/* Sessions that survive their links, over TLS on loopback: sections [9], [10] and [13] of netchan.h. What breaks is a
+/* Sessions that survive their links, over TLS on loopback: sections [13], [14] and [17] of netchan.h. What breaks is a
  * proxy's doing, or a process that is killed. With SURVIVAL_FULL=1 the long tests are as long as they may be. */
 #include "alloc.h"
 
