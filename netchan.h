@@ -927,6 +927,9 @@ static void *netchan__map_get(const netchan__map *m, uint64_t key) {
     return NULL;
 }
 
+/* What is in a slot, or NULL: for (size_t i = 0; i < m->cap; i++) meets each item. */
+static void *netchan__map_at(const netchan__map *m, size_t i) { return m->slots[i].key ? m->slots[i].item : NULL; }
+
 static bool netchan__map_grow(netchan__map *m) {
     netchan__map bigger = {NULL, m->count, m->cap ? m->cap * 2 : 16};
     bigger.slots = (netchan__map_slot *)netchan__alloc(bigger.cap * sizeof *bigger.slots);
@@ -2869,7 +2872,7 @@ static bool netchan__serve(netchan *ch) {
 /* A receive of this peer that waits on the channel, or NULL. */
 static netchan__waiter *netchan__receiver_of(const netchan__peer *p, const netchan *ch) {
     for (size_t i = 0; i < p->waiters.cap; i++) {
-        netchan__waiter *w = p->waiters.slots[i].key ? (netchan__waiter *)p->waiters.slots[i].item : NULL;
+        netchan__waiter *w = (netchan__waiter *)netchan__map_at(&p->waiters, i);
         if (w && w->queue == &ch->receivers) return w;
     }
     return NULL;
@@ -3792,7 +3795,6 @@ static void netchan__on_return(netchan__peer *p, netchan__frame *f) {
  *       stays until it answers, also when the home is lost.
  * ================================================================================================================== */
 
-static void netchan__entered(netchan *ch, const netchan__waiter *w);
 static netchan__remote *netchan__remote_of(netchan__waiter *w) { return (netchan__remote *)(void *)w; }
 
 /* Gives back what the claim on it has reserved. */
@@ -3847,7 +3849,14 @@ static int netchan__relay_result(const netchan__waiter *w) {
     return w->is_send && ch->home && w->size > ch->home->their_message ? NETCHAN_ETOOBIG : NETCHAN_OK;
 }
 
-static bool netchan__relay_full(const netchan__remote *r, size_t size);
+/* Has this process, or that of the waiter, no room for the large value now? */
+static bool netchan__relay_full(const netchan__remote *r, size_t size) {
+    netchan__peer *p = r->waiter.peer;
+    size_t held = r->waiter.is_send ? p->reserved : p->shipping;
+    bool full = held && held + size > (r->waiter.is_send ? p->max_memory : p->their_memory) / 2;
+    p->waits |= full;
+    return full;
+}
 
 /* Tells the process on the way to the home, if it can be done now. The waiter may be gone afterwards. */
 static void netchan__relay_register(netchan__remote *r) {
@@ -3917,20 +3926,11 @@ static void netchan__relay_ended(netchan *ch) {
 
 /* ---- From the home. ---- */
 
-/* Neither this process nor the next has room for the large value now. */
-static bool netchan__relay_full(const netchan__remote *r, size_t size) {
-    netchan__peer *p = r->waiter.peer;
-    size_t held = r->waiter.is_send ? p->reserved : p->shipping;
-    bool full = held && held + size > (r->waiter.is_send ? p->max_memory : p->their_memory) / 2;
-    p->waits |= full;
-    return full;
-}
-
 /* Does its operation hold room itself? Then it came here on a way round, through the same process twice. */
 static bool netchan__relay_meets_itself(const netchan__remote *r) {
     const netchan__peer *p = r->waiter.peer;
     for (size_t i = 0; i < p->waiters.cap; i++) {
-        netchan__waiter *w = p->waiters.slots[i].key ? (netchan__waiter *)p->waiters.slots[i].item : NULL;
+        netchan__waiter *w = (netchan__waiter *)netchan__map_at(&p->waiters, i);
         if (!w || w == &r->waiter || !netchan__same_op(w, &r->waiter)) continue;
         if (w->announced || w->match || netchan__remote_of(w)->size) return true;
     }
@@ -4292,7 +4292,7 @@ static void netchan__on_waiter(netchan__peer *p, netchan__frame *f) {
 /* Ends those waiters of this peer that are in no match. x: those of this export only, or NULL. */
 static void netchan__leave_waiters(netchan__peer *p, const netchan__export *x) {
     for (size_t i = 0; i < p->waiters.cap;) { /* forgetting may move another waiter to this slot */
-        netchan__waiter *w = p->waiters.slots[i].key ? (netchan__waiter *)p->waiters.slots[i].item : NULL;
+        netchan__waiter *w = (netchan__waiter *)netchan__map_at(&p->waiters, i);
         bool idle = w && !w->match && (!w->ch->is_end || netchan__remote_of(w)->step == NETCHAN__IDLE);
         bool meant = w && (!x || netchan__remote_of(w)->channel == x->id);
         if (!idle || !meant) {
@@ -4793,7 +4793,7 @@ static bool netchan__match_lost(netchan__match *m, netchan__peer *p) {
 static bool netchan__end_negotiations(netchan__peer *p) {
     bool ended = false;
     for (size_t i = 0; i < p->waiters.cap; i++) {
-        netchan__waiter *w = p->waiters.slots[i].key ? (netchan__waiter *)p->waiters.slots[i].item : NULL;
+        netchan__waiter *w = (netchan__waiter *)netchan__map_at(&p->waiters, i);
         if (w && w->match) ended |= netchan__match_lost(w->match, p);
         else if (w && w->ch->is_end) {
             netchan__relay_lost(netchan__remote_of(w), p);
@@ -5312,8 +5312,9 @@ static bool netchan__is_shared(const netchan_case *c) {
 static int netchan__try_others(netchan_case *cases, size_t count, const netchan *winner) {
     enum { MOST = 16 };
     netchan_case others[MOST];
-    size_t index[MOST], n = 0;
-    for (size_t i = 0; i < count && n < MOST; i++) {
+    size_t index[MOST], n = 0, first = (size_t)(netchan__random() % count);
+    for (size_t k = 0; k < count && n < MOST; k++) {
+        size_t i = (first + k) % count;
         if (!netchan__is_shared(&cases[i]) || cases[i].ch == winner) continue;
         index[n] = i;
         others[n++] = cases[i];
@@ -6337,7 +6338,7 @@ static void netchan__take_aside(netchan__session *s) {
     netchan__hub *h = s->hub;
     if (!p->work || p->work != h->link.send) return;
     for (size_t i = 0; i < p->waiters.cap; i++) {
-        netchan__waiter *w = p->waiters.slots[i].key ? (netchan__waiter *)p->waiters.slots[i].item : NULL;
+        netchan__waiter *w = (netchan__waiter *)netchan__map_at(&p->waiters, i);
         if (!w || (w->is_send ? w->lane != p->lane || !w->lane : w->ch != h->link.send)) continue;
         w->ch = w->is_send ? s->own_recv : s->own_send;
         if (w->is_send || !w->queue) continue;
