@@ -208,12 +208,13 @@
  *     2b IMPORTED n, flags, [end (17 bytes)]    the answer to IMPORT. flags: 0 here is the end, 1 no such name, 2 it is
  *               exported in the other direction
  *     Who gives ends away keeps to the other side's max_ends as it knows it when it matches a value; more than twice as
- *     many are a breach. Entry and match numbers are not 0; OFFER and DEMAND share one space of entries. A final CLAIM to a receive
- *     carries its value, if that is no large one, and its GRANT ends the match; else COMMIT brings it, and TAKEN
- *     follows. A GRANT for a receive has size 0. The values of all OFFERs with flag 8 may count max_memory / 96 bytes.
- *     A CLAIM that is not answered for six times ping_ms and twice resume_ms of H, while its link is up, is a breach;
- *     for a relayed entry, four times that. Unknown types are skipped. size is the encoded size of the value; a value
- *     over 16,256 bytes is never in the frame that names its size: it is shipped in FRAGMENTs after GRANT or COMMIT.
+ *     many are a breach. Entry and match numbers are not 0; OFFER and DEMAND share one space of entries. A final CLAIM
+ *     to a receive carries its value, if that is no large one, and its GRANT ends the match; else COMMIT brings it, and
+ *     TAKEN follows. A GRANT for a receive has size 0. The values of all OFFERs with flag 8 may count max_memory / 96
+ *     bytes. A CLAIM that is not answered for six times ping_ms and twice resume_ms of H, while its link is up, is a
+ *     breach; for a relayed entry, four times that. Unknown types are skipped. size is the encoded size of the value; a
+ *     value over 16,256 bytes is never in the frame that names its size: it is shipped in FRAGMENTs after GRANT or
+ *     COMMIT.
  *     The commit protocol is described at [9], relays at [10].
  */
 
@@ -3193,8 +3194,8 @@ static void netchan__wait_again(netchan__waiter *w) {
         netchan__mark_dirty(w->ch);
         if (w->lane) netchan__update_ready(w->lane);
         else if (w->peer && !w->op && w->peer->direct) netchan__lane_changed(w->peer->direct);
-        if (w->is_send && w->lane->closing)
-            netchan__end_senders(w->lane, w->lane->is_direct ? NETCHAN_ELOST : NETCHAN_ECLOSED);
+        if (w->is_send && (w->lane->closing || w->ch->gone))
+            netchan__end_senders(w->lane, w->lane->closing && !w->lane->is_direct ? NETCHAN_ECLOSED : NETCHAN_ELOST);
         else if (!w->is_send && w->ch->closed) /* its link was hung up */
             netchan__end_waiters(&w->ch->receivers, NETCHAN_ECLOSED);
     }
@@ -3288,7 +3289,9 @@ static void netchan__ship(netchan__match *m) {
 static void netchan__commit(netchan__match *m) {
     netchan__waiter *r = m->receiver;
     netchan_value *v = netchan__match_value(m);
-    if (!r) {
+    if (!r && m->ch->gone) { /* it would lie there for ever */
+        netchan__end_match(m, NETCHAN_ELOST, 0);
+    } else if (!r) {
         netchan__lane_push(m->lane, v, m->size, m->memory, m->from);
         netchan__end_match(m, NETCHAN_OK, 0);
     } else if (r->op) {
