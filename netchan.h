@@ -2192,7 +2192,6 @@ static bool netchan__lane_room(netchan__lane *lane) {
     return true;
 }
 
-static void netchan__mark_exports(netchan__peer *p);
 static void netchan__lane_changed(netchan__lane *lane);
 
 /* There is room for something of this peer again, or there. */
@@ -2963,11 +2962,16 @@ static void netchan__lane_init(netchan__lane *lane, netchan *ch, size_t cap) {
     lane->cap = cap;
 }
 
-static void netchan__lane_clear(netchan__lane *lane) {
+/* Frees the values, but not the room: one that is out may come back. */
+static void netchan__lane_empty(netchan__lane *lane) {
     while (lane->count) {
         netchan__slot slot = netchan__lane_pop(lane);
         netchan_clear(&slot.value);
     }
+}
+
+static void netchan__lane_clear(netchan__lane *lane) {
+    netchan__lane_empty(lane);
     NETCHAN_FREE(lane->slots);
     lane->slots = NULL;
     lane->room = 0;
@@ -4814,10 +4818,7 @@ static size_t netchan__end_direct(netchan__peer *p) {
     p->direct = NULL;
     lane->only = NULL;
     lane->closing = true;
-    while (lane->count) {
-        netchan__slot slot = netchan__lane_pop(lane);
-        netchan_clear(&slot.value);
-    }
+    netchan__lane_empty(lane);
     netchan__end_senders(lane, NETCHAN_ELOST);
     netchan__lane_changed(lane); /* it is freed when no match needs it */
     return count;
@@ -6381,10 +6382,7 @@ static size_t netchan__end_own_channels(netchan__session *s, bool drained) {
         netchan__look();
     }
     count = send->lane.count;
-    while (send->lane.count) {
-        netchan__slot slot = netchan__lane_pop(&send->lane);
-        netchan_clear(&slot.value);
-    }
+    netchan__lane_empty(&send->lane);
     send->gone = true;
     if (drained) send->closing = send->lane.closing = recv->closing = true;
     else recv->senders_lost = true;
@@ -7189,10 +7187,7 @@ static netchan_report netchan__hub_close(netchan__hub *h) {
         next = lane->next;
         lane->hub = NULL;
         r.unreceived += lane->count;
-        while (lane->count) { /* not the room: one that is out may come back */
-            netchan__slot slot = netchan__lane_pop(lane);
-            netchan_clear(&slot.value);
-        }
+        netchan__lane_empty(lane);
         netchan__retire_lane(lane); /* one that is still being matched goes when that is over */
     }
     for (netchan__waiter *w = send->lane.senders.head, *after; w; w = after) {
@@ -7207,10 +7202,7 @@ static netchan_report netchan__hub_close(netchan__hub *h) {
         if (redelivered) r.unknown++;
         else r.undelivered++;
     }
-    while (!h->dials && left->count) {
-        netchan__slot slot = netchan__lane_pop(left);
-        netchan_clear(&slot.value);
-    }
+    if (!h->dials) netchan__lane_empty(left);
     r.undelivered += send->undelivered;
     r.unknown += (size_t)h->unknown;
     return r;
