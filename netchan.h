@@ -34,7 +34,7 @@
  *   [A] results   [B] values   [C] struct tables   [D] channels and select   [E] links   [F] configuration
  *   [1] platform   [2] bytes and maps   [3] errors   [4] values   [5] struct tables   [6] channels
  *   [7] ends   [8] pairs   [9] the commit protocol   [10] relays   [11] homes   [12] operations   [13] sessions
- *   [14] hubs   [15] TLS   [16] sockets   [17] the I/O loop   [18] links
+ *   [14] hubs   [15] trust   [16] TLS   [17] sockets   [18] the I/O loop   [19] links
  *
  * GO BESIDE NETCHAN.H
  *
@@ -126,8 +126,8 @@
  *   Enough to write another implementation; all of it travels inside TLS 1.3 with ALPN "netchan/1". A varint is
  *   unsigned LEB128 of at most 10 bytes, the shortest form not required.
  *
- *   With a shared key the external PSK is SHA-256("netchan/1 shared key" NUL key), its identity "netchan", its mode
- *   psk_dhe_ke only.
+ *   With a shared key the external PSK is SHA-256("netchan/1 shared key" NUL key), its mode psk_dhe_ke only, and its
+ *   identity "shared_key:" and, in hexadecimal, the first 8 bytes of SHA-256("netchan/1 key id" NUL key).
  *
  *   Values: one tag byte, then its payload. LEN is a varint that counts the payload bytes after it.
  *     00..3f int 0..63            82 true                   87 bytes: LEN, bytes           8c i64 array: LEN, items
@@ -168,8 +168,9 @@
  *               and n (8 bytes each, little-endian). binding: SHA-256 of "netchan/1 link" and the
  *               client_application_traffic_secret_0 of the connection
  *     07 RESUMED n, proof        L: it goes on; L closes the older connection, and both sides go on after the other's n
- *     08 REFUSED text            L: no to HELLO or RESUME (D may say HELLO then); later, from either: the session is
- *               over
+ *     08 REFUSED n, text         L: no to HELLO or RESUME (D may say HELLO then); later, from either: the session is
+ *               over; as the first frame: who we are is not trusted or not allowed. n is 1 where it is no use to come
+ *               again
  *     10 OFFER channel, entry, op, flags, [process (16 bytes)], size, [value]    E: a send waits. On channel 0 with
  *               capacity it costs a credit, and is for large values only. flags: 1 op has several cases, 2 try (answer
  *               WITHDRAWN at once if nobody takes it), 4 firm (never declined), 8 the value is here and the home's to
@@ -522,15 +523,38 @@ NETCHANDEF int netchan_select(netchan_case *cases, size_t count, int timeout_ms)
  * [E] Links: channels to other processes.
  * ================================================================================================================== */
 
-typedef struct netchan_options {
-    /* Whom to trust: exactly one. */
-    const char *shared_key; /* a secret both sides know, at least 32 characters; netchan_keygen() makes one */
-    const char *pin;        /* the peer's public key, as netchan_fingerprint() tells it: "sha256:<64 hex digits>" */
-    bool insecure;          /* encrypt, but trust anybody */
+/* Who is at the other end of a connection. */
+typedef struct netchan_identity {
+    const char *identity; /* "sha256:..." of its key, see netchan_fingerprint(); "shared_key:...", see netchan_key_id() */
+    const char *name;     /* the subject of its certificate, as "CN=alice, O=example"; only a CA vouches for it. "" when
+                             there is none, or when it is longer than 255 bytes */
+    const char *address;  /* "host:port": where it comes from, or was dialled */
+    bool listening;       /* it listens, and we dialled */
+} netchan_identity;
 
-    /* Who we are, with pin (default: a fresh self-signed P-256 certificate). */
-    const char *cert;     /* a path, or PEM text */
-    const char *cert_key; /* its private key: a path, or PEM text */
+typedef struct netchan_options {
+    /* Whom to trust: exactly one. Each text may be "file:PATH", to use what is in that file, or "callback:NAME", to use
+     * what load below gives for NAME. Keys and pins may be several: one of them must be the peer's. A dialler tries its
+     * keys in turn. */
+    const char *shared_key; /* a secret both sides know, at least 32 characters; netchan_keygen(); one a line */
+    const char *pin;        /* the peer's public key, as netchan_fingerprint() tells it: "sha256:<64 hex digits>" */
+    const char *ca;         /* certificates of who vouches for the peer: a path, or PEM text */
+    bool insecure;          /* encrypt, but trust anybody */
+    const char *peer_name;  /* with ca: the DNS name or IP address in the peer's certificate [dialling: the host that is
+                               dialled; listening: any] */
+
+    /* Who we are, but for shared_key (default: a fresh self-signed P-256 certificate). */
+    const char *cert;     /* and certificates between it and the CA's: a path, or PEM text */
+    const char *cert_key; /* its private key, not encrypted: a path, or PEM text */
+
+    /* May refuse a peer that has proved who it is, on each link with it, before its first value. Called from the
+     * library's thread without locks; must not block. */
+    bool (*allow)(void *arg, const netchan_identity *who);
+    void *allow_arg;
+    /* Writes the text NAME of "callback:NAME" into out, with its NUL; out is wiped after use. Returns NETCHAN_OK, or
+     * anything else when there is none. Called by netchan_listen() and netchan_dial(). */
+    int (*load)(void *arg, const char *name, char *out, size_t size);
+    void *load_arg;
 
     /* Limits. 0 means the default, in brackets. */
     size_t buffer;      /* values that may be sent on link->send and not yet taken [0: each send is a rendezvous] */
@@ -551,8 +575,8 @@ typedef struct netchan_options {
      * may reach the successor, which does not know its session. */
     int listen_fd;
 
-    /* Told what happens: level 0 error, 1 warning, 2 information. Called from the library's thread without locks; must
-     * not block. */
+    /* Told what happens: level 0 error, 1 warning, 2 information. Called without locks from the library's thread, and
+     * from the one that opens the link; must not block. */
     void (*log)(void *arg, int level, const char *text);
     void *log_arg;
 } netchan_options;
@@ -566,7 +590,7 @@ typedef struct netchan_link {
     netchan *recv;
     /* What happened, as maps: {"event": ..., "peer": uint, "address": str, ...}. Receive from it, or do not: it holds
      * the newest 64.
-     * "up"       a session with a peer began. "listening": bool, "identity": str, as in accept
+     * "up"       a session with a peer began. "listening": bool; "identity", "name": str, as in netchan_identity
      * "down"     its link broke; the session waits for another, and nothing is lost. "reason": str
      * "resumed"  the session goes on over a new link. "replayed": uint, frames that had to be sent again
      * "drained"  the session ended with a farewell of both sides. "reason", and counts as in "lost"
@@ -577,11 +601,10 @@ typedef struct netchan_link {
      * "closed"   the peer closed its sending channel, and all its values were received
      * "dropped": uint stands in the next event after older ones were dropped. */
     netchan *events;
-    /* Listening: one value per new peer, as a map: {"peer": uint, "identity": str, "address": str, "send": sender end,
-     * "recv": receiver end}. Who receives it takes that peer out of send and recv above: its values that nobody has
-     * received yet come from "recv", in their order, and what is sent into "send" is for it alone. Both end with
-     * ECLOSED when the peer has hung up, with ELOST when it was lost. identity is "sha256:..." of its key, or
-     * "shared_key". Dialling: NULL. */
+    /* Listening: one value per new peer, as a map: {"peer": uint, "identity": str, "name": str, "address": str, "send":
+     * sender end, "recv": receiver end}. Who receives it takes that peer out of send and recv above: its values that
+     * nobody has received yet come from "recv", in their order, and what is sent into "send" is for it alone. Both end
+     * with ECLOSED when the peer has hung up, with ELOST when it was lost. Dialling: NULL. */
     netchan *accept;
     const char *address; /* the address bound or dialled, with the real port */
     int listen_fd;       /* listening: the socket, to be passed on to a successor; else -1 */
@@ -657,13 +680,17 @@ NETCHANDEF int netchan_import(netchan_link *link, const char *name, enum netchan
 NETCHANDEF int netchan_get_stats(netchan_link *link, netchan_stats *stats);
 
 #define NETCHAN_KEY_SIZE 65         /* bytes of a generated key, with its NUL */
+#define NETCHAN_KEY_ID_SIZE 28      /* bytes of a key's id, with its NUL */
 #define NETCHAN_FINGERPRINT_SIZE 72 /* bytes of a fingerprint, with its NUL */
 
 /* Makes a fresh shared key of 64 hexadecimal digits (256 bits). size must be at least NETCHAN_KEY_SIZE. Returns OK,
  * EINVAL, or ENET when the system gives no randomness. */
 NETCHANDEF int netchan_keygen(char *out, size_t size);
+/* The id of a shared key (as text, or "file:PATH"; the first if there are several): "shared_key:<16 hex digits>", the
+ * `identity` of a peer with that key. It is no secret. size must be at least NETCHAN_KEY_ID_SIZE. Returns OK, EINVAL when it cannot be read, EAUTH when the key can be guessed, or ENOMEM. */
+NETCHANDEF int netchan_key_id(const char *shared_key, char *out, size_t size);
 /* The fingerprint of a certificate (a path, or PEM text), to be given to the other side as its pin. size must be at
- * least NETCHAN_FINGERPRINT_SIZE. Returns OK, or EINVAL when it cannot be read. */
+ * least NETCHAN_FINGERPRINT_SIZE. Returns OK, EINVAL when it cannot be read, or ENOMEM. */
 NETCHANDEF int netchan_fingerprint(const char *cert, char *out, size_t size);
 
 /* ====================================================================================================================
@@ -706,6 +733,7 @@ NETCHANDEF int netchan_fingerprint(const char *cert, char *out, size_t size);
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/types.h>
 #include <time.h>
 #include <unistd.h>
@@ -5562,7 +5590,7 @@ typedef struct netchan__wire {
     bool ack_now, flush;
     uint8_t binding[32];       /* a secret of this link alone, known to both sides */
     uint8_t identity[32];      /* whom the other side has proved to be */
-    char identity_text[NETCHAN_FINGERPRINT_SIZE];
+    char identity_text[NETCHAN_FINGERPRINT_SIZE], name[256];
     uint8_t fresh[48];         /* listening: random bytes for a new session */
     netchan__buf in;           /* the beginning of a frame */
     netchan__buf control;      /* frames that are not numbered */
@@ -5570,7 +5598,8 @@ typedef struct netchan__wire {
     uint64_t last_input, last_ping, last_tick, ack_at; /* nanoseconds; ack_at 0: nothing to acknowledge */
     uint64_t records_in, records_out;
     const char *failure; /* set: why it is to be closed */
-    char failure_text[200];
+    bool final;          /* and to dial again is no use */
+    char failure_text[320];
     char address[80];
 } netchan__wire;
 
@@ -5593,7 +5622,7 @@ struct netchan__session {
     netchan__parcel *parcels, *last_parcel;
     uint64_t down_since, checked; /* nanoseconds */
     uint64_t round_trip;   /* nanoseconds, newest; 0: not measured yet */
-    char address[80], identity_text[NETCHAN_FINGERPRINT_SIZE];
+    char address[80], identity_text[NETCHAN_FINGERPRINT_SIZE], name[256];
     /* Listening: its own pair of channels, NULL until it was shown in link->accept; and the queue for that. */
     netchan *own_send, *own_recv;
     netchan__session *prev_new, *next_new;
@@ -6299,12 +6328,13 @@ static void netchan__show_next(netchan__hub *h) {
     netchan__lane *lane = s ? &h->link.accept->lane : NULL;
     if (!s || h->shut || lane->count || lane->out) return;
     if (!netchan__lane_room(lane) || !netchan__make_own_channels(s)) return;
-    netchan_entry entries[5] = {{"peer", netchan_uint(s->peer.number)},
+    netchan_entry entries[6] = {{"peer", netchan_uint(s->peer.number)},
                                 {"identity", netchan_str(s->identity_text)},
+                                {"name", netchan_str(s->name)},
                                 {"address", netchan_str(s->address)},
                                 {"send", netchan_sender(s->own_send)},
                                 {"recv", netchan_receiver(s->own_recv)}};
-    netchan_value map = netchan_map(entries, 5), shown;
+    netchan_value map = netchan_map(entries, 6), shown;
     if (netchan_copy(&shown, &map) != NETCHAN_OK) return;
     netchan__dequeue_session(s);
     s->is_shown = true;
@@ -6621,6 +6651,7 @@ static netchan__session *netchan__make_session(netchan__wire *w, const uint8_t *
     memcpy(s->secret, fresh + sizeof s->id, sizeof s->secret);
     memcpy(s->identity, w->identity, sizeof s->identity);
     memcpy(s->identity_text, w->identity_text, sizeof s->identity_text);
+    memcpy(s->name, w->name, sizeof s->name);
     NETCHAN__LINK(h->sessions, s, prev, next);
     h->peers++;
     NETCHAN__LINK(netchan__net.peers, p, prev_peer, next_peer);
@@ -6635,8 +6666,12 @@ static void netchan__unlink_session(netchan__session *s) {
     h->peers--;
 }
 
-static void netchan__emit_refused(netchan__wire *w, const char *reason) {
-    netchan__emit_control(w, NETCHAN__REFUSED, (const uint8_t *)reason, strlen(reason));
+/* final: to come again is no use. */
+static void netchan__emit_refused(netchan__wire *w, bool final, const char *reason) {
+    uint8_t body[320];
+    int size = snprintf((char *)body + 1, sizeof body - 1, "%s", reason);
+    body[0] = final;
+    netchan__emit_control(w, NETCHAN__REFUSED, body, 1 + (size_t)(size < 318 ? size : 318));
 }
 
 /* The session is over, drained or lost; reason is the end of a sentence about the other side, which is told, if that is
@@ -6651,7 +6686,7 @@ static void netchan__end_session(netchan__session *s, const char *reason) {
     if (w) {
         s->wire = NULL;
         if (drained) netchan__emit_ack(w, s);
-        else netchan__emit_refused(w, why);
+        else netchan__emit_refused(w, false, why);
         w->session = NULL;
         w->flush = true;
         netchan__wire_fail(w, why);
@@ -6826,8 +6861,16 @@ static void netchan__wire_start(netchan__wire *w, netchan__hub *h, uint64_t now)
 }
 
 static void netchan__refuse(netchan__wire *w, const char *reason) {
-    netchan__emit_refused(w, reason);
+    netchan__emit_refused(w, false, reason);
     w->flush = true;
+    netchan__wire_fail(w, reason);
+}
+
+/* In place of netchan__wire_start(): the other side is not trusted, or not allowed. told: the reason as it is told. */
+static void netchan__turn_away(netchan__wire *w, netchan__hub *h, const char *reason, const char *told) {
+    w->hub = h;
+    netchan__emit_refused(w, true, told);
+    w->flush = w->final = true;
     netchan__wire_fail(w, reason);
 }
 
@@ -6916,6 +6959,7 @@ static void netchan__on_hello(netchan__wire *w, netchan__reader *r) {
     netchan__news n = netchan__begin_event("up", s->peer.number, w->address, NULL);
     netchan__add(&n, "listening", netchan_bool(!h->dials));
     netchan__add(&n, "identity", netchan_str(s->identity_text));
+    netchan__add(&n, "name", netchan_str(s->name));
     netchan__event(h, n);
     netchan__ask_all(s);
     if (!h->dials) netchan__enqueue_session(s);
@@ -6941,7 +6985,7 @@ static void netchan__on_resume(netchan__wire *w, netchan__reader *r) {
     if (!s || memcmp(s->id, id, sizeof s->id) || s->peer.breach || w->generation) {
         const char *reason = "the session is not known; it was lost, or the listener was started anew";
         if (w->generation) netchan__refuse(w, reason);
-        else netchan__emit_refused(w, reason);
+        else netchan__emit_refused(w, false, reason);
         w->generation = UINT64_MAX; /* one question; a HELLO may follow */
         return;
     }
@@ -6975,8 +7019,9 @@ static void netchan__on_resumed(netchan__wire *w, netchan__reader *r) {
 /* The listener does not know the session, or does not want us; or the other side has ended the session. */
 static void netchan__on_refused(netchan__wire *w, uint64_t now, netchan__reader *r) {
     netchan__hub *h = w->hub;
-    netchan__session *s = w->up ? w->session : w->resumes ? h->session : NULL;
-    char reason[120], text[160];
+    netchan__session *s = w->up ? w->session : w->resumes ? h->session : NULL; /* a listener's stranger: NULL */
+    char reason[320], text[sizeof reason + 16];
+    w->final = netchan__read_varint(r) == 1 && !w->up;
     size_t size = netchan__left(r) < sizeof reason - 1 ? netchan__left(r) : sizeof reason - 1;
     for (size_t i = 0; i < size; i++) reason[i] = r->p[i] >= ' ' && r->p[i] < 127 ? (char)r->p[i] : '?';
     reason[size] = '\0';
@@ -7000,7 +7045,7 @@ static void netchan__on_refused(netchan__wire *w, uint64_t now, netchan__reader 
 /* Greetings, and what comes in place of one. */
 static void netchan__on_greeting(netchan__wire *w, uint64_t now, unsigned type, netchan__reader *r) {
     bool dials = w->hub->dials;
-    if (type == NETCHAN__REFUSED && (w->up || dials)) netchan__on_refused(w, now, r);
+    if (type == NETCHAN__REFUSED) netchan__on_refused(w, now, r);
     else if (w->up) netchan__breach(&w->session->peer, "it greeted twice");
     else if (type == NETCHAN__HELLO) netchan__on_hello(w, r);
     else if (type == NETCHAN__RESUME && !dials) netchan__on_resume(w, r);
@@ -7209,59 +7254,205 @@ static netchan_report netchan__hub_close(netchan__hub *h) {
 }
 
 /* ====================================================================================================================
- * [15] TLS: mbedTLS as a stream between two buffers. It never blocks and never meets a socket: ciphertext is put in,
- * ciphertext is taken out. All calls are made under netchan__tls_lock, as PSA keeps its keys in one table for the
- * process. No other lock is taken inside.
+ * [15] Trust: what options say about whom to trust and who we are, as mbedTLS wants it; certificates; and sentences on
+ * why a peer is not trusted. Here and in [16] mbedTLS is called under netchan__tls_lock only, as PSA keeps its keys in
+ * one table for the process. No other lock is taken inside.
+ *
+ * Invariants.
+ *   T1  No frame of a peer is looked at, and none is sent to it but REFUSED, before it has proved what options ask for:
+ *       a shared key, a key that is pinned, or a certificate of the CA with the right name.
+ *   T2  Secrets are wiped before their memory is given back, and no sentence, event or log line has one.
  * ================================================================================================================== */
 
 static pthread_mutex_t netchan__tls_lock = PTHREAD_MUTEX_INITIALIZER;
 
-typedef struct netchan__tls {
-    mbedtls_ssl_config conf;
-    mbedtls_x509_crt cert;
-    mbedtls_pk_context key;
-    uint8_t pin[32];
-    bool has_pin, has_psk, made;
-} netchan__tls;
-
-typedef struct netchan__stream {
-    const netchan__tls *tls;
-    mbedtls_ssl_context ssl;
-    const uint8_t *in; /* ciphertext that was received and not used yet */
-    size_t in_left;
-    netchan__buf out; /* ciphertext to be sent */
-    uint8_t seen[32]; /* fingerprint of the peer's key */
-    bool has_seen;
-    bool has_read; /* the peer has accepted us: it sent something after the handshake */
-    uint8_t binding[32]; /* a secret of this connection, known to both sides and to nobody else */
-} netchan__stream;
-
-static const char *const netchan__alpn[] = {"netchan/1", NULL};
-/* ChaCha20-Poly1305 has no practical limit on records under one key (RFC 8446 section 5.5), and there is no key update
- * here. */
-static const int netchan__ciphersuites[] = {MBEDTLS_TLS1_3_CHACHA20_POLY1305_SHA256, MBEDTLS_TLS1_3_AES_128_GCM_SHA256,
-                                            MBEDTLS_TLS1_3_AES_256_GCM_SHA384, 0};
-
-enum { NETCHAN__KEY_MIN = 32 }; /* characters: 128 bits even if each carries only 4 (RFC 9257 section 6 asks for 128) */
+enum {
+    NETCHAN__KEY_MIN = 32,        /* characters: 128 bits even if each carries only 4, as RFC 9257 section 6 asks */
+    NETCHAN__TEXT_MAX = 1 << 20,  /* bytes of a file that an option names */
+    NETCHAN__CALLBACK_MAX = 65536 /* bytes of a text that options.load may give */
+};
 
 static int netchan__tls_fail(int code, int error, const char *what) {
     char text[128];
+    if (error > 0) error = MBEDTLS_ERR_X509_INVALID_FORMAT; /* so many of several certificates cannot be read */
     mbedtls_strerror(error, text, sizeof text);
     return netchan__fail(code, "%s: %s (mbedTLS -0x%04x)", what, text, (unsigned)-error);
+}
+
+static int netchan__crypto_init(void) {
+    psa_status_t status = psa_crypto_init();
+    return status == PSA_SUCCESS
+               ? NETCHAN_OK
+               : netchan__fail(NETCHAN_ENET, "psa_crypto_init failed (%d); is there a source of randomness?",
+                               (int)status);
 }
 
 static void netchan__hex(const uint8_t *data, size_t size, char *out) {
     for (size_t i = 0; i < size; i++) snprintf(out + 2 * i, 3, "%02x", data[i]);
 }
 
+/* ---- Texts: what an option says, or what the file or callback that it names says. ---- */
+
+typedef struct netchan__text {
+    char *data; /* size bytes and a NUL; NULL: the option is not set */
+    size_t size;
+} netchan__text;
+
+/* Those of one listen or dial, while it is opened. */
+typedef struct netchan__texts {
+    netchan__text shared_key, pin, ca, cert, cert_key;
+} netchan__texts;
+
+static void netchan__text_free(netchan__text *t) {
+    if (t->data) mbedtls_platform_zeroize(t->data, t->size);
+    NETCHAN_FREE(t->data);
+    t->data = NULL;
+}
+
+static void netchan__texts_free(netchan__texts *t) {
+    netchan__text_free(&t->shared_key);
+    netchan__text_free(&t->pin);
+    netchan__text_free(&t->ca);
+    netchan__text_free(&t->cert);
+    netchan__text_free(&t->cert_key);
+}
+
+static bool netchan__text_make(netchan__text *t, size_t size) {
+    t->data = (char *)netchan__alloc(size + 1);
+    t->size = t->data ? size : 0;
+    return t->data != NULL;
+}
+
+static bool netchan__begins(const char *text, const char *with) { return !strncmp(text, with, strlen(with)); }
+
+static bool netchan__is_pem(const char *text) { return strstr(text, "-----BEGIN") != NULL; }
+
+/* Reads what is left of the file. Returns OK, EINVAL with errno, or ENOMEM. */
+static int netchan__read_fd(int fd, size_t size, netchan__text *t) {
+    if (!netchan__text_make(t, size)) return NETCHAN_ENOMEM;
+    size_t done = 0;
+    while (done < size) {
+        ssize_t n = read(fd, t->data + done, size - done);
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0) return NETCHAN_EINVAL;
+        if (n == 0) break;
+        done += (size_t)n;
+    }
+    t->size = done;
+    return NETCHAN_OK;
+}
+
+/* field: of the options, for sentences. */
+static int netchan__read_file(const netchan_options *o, const char *field, const char *path, bool secret,
+                              netchan__text *t) {
+    struct stat s;
+    int fd = open(path, O_RDONLY | O_CLOEXEC), result = NETCHAN_EINVAL;
+    const char *why = NULL;
+    if (fd >= 0 && fstat(fd, &s) == 0) {
+        if (S_ISDIR(s.st_mode)) why = "it is a directory";
+        else if (s.st_size > NETCHAN__TEXT_MAX) why = "it is larger than 1 MiB";
+        else result = netchan__read_fd(fd, S_ISREG(s.st_mode) ? (size_t)s.st_size : (size_t)NETCHAN__CALLBACK_MAX, t);
+    }
+    if (result == NETCHAN_ENOMEM) netchan__fail_memory("reading a file of the options");
+    else if (result != NETCHAN_OK)
+        netchan__fail(result, "options.%s: the file \"%.200s\" cannot be read: %s", field, path,
+                      why ? why : strerror(errno));
+    else if (secret && o && o->log && (s.st_mode & S_IROTH)) {
+        char text[300];
+        snprintf(text, sizeof text, "options.%s: everybody on this machine can read \"%.200s\"", field, path);
+        o->log(o->log_arg, 1, text);
+    }
+    if (fd >= 0) close(fd);
+    return result;
+}
+
+static int netchan__read_callback(const netchan_options *o, const char *field, const char *name, netchan__text *t) {
+    if (!o || !o->load)
+        return netchan__fail(NETCHAN_EINVAL, "options.%s asks for \"callback:%.80s\", and options.load is not set",
+                             field, name);
+    if (!netchan__text_make(t, NETCHAN__CALLBACK_MAX)) return netchan__fail_memory("options.load");
+    int result = o->load(o->load_arg, name, t->data, NETCHAN__CALLBACK_MAX);
+    size_t size = strlen(t->data);
+    if (result != NETCHAN_OK)
+        return netchan__fail(NETCHAN_EINVAL, "options.%s: options.load has no \"%.80s\", it returned %d", field, name,
+                             result);
+    if (size >= NETCHAN__CALLBACK_MAX)
+        return netchan__fail(NETCHAN_EINVAL, "options.%s: options.load gave \"%.80s\" without its NUL", field, name);
+    return NETCHAN_OK;
+}
+
+/* Called without locks. plain: what the option is without "file:" or "callback:": itself, or, unless it is PEM text, a
+ * path. Returns OK, EINVAL or ENOMEM; what is in *t is to be freed in each case. */
+static int netchan__read_text(const netchan_options *o, const char *field, const char *value, netchan__text *t) {
+    bool pem = field[0] == 'c', secret = strstr(field, "key") != NULL; /* ca, cert, cert_key */
+    if (!value) return NETCHAN_OK;
+    if (netchan__begins(value, "callback:")) return netchan__read_callback(o, field, value + 9, t);
+    if (netchan__begins(value, "file:")) return netchan__read_file(o, field, value + 5, secret, t);
+    if (pem && !netchan__is_pem(value)) return netchan__read_file(o, field, value, secret, t);
+    if (secret && !pem && access(value, F_OK) == 0)
+        return netchan__fail(NETCHAN_EINVAL, "options.%s is the name of a file; write \"file:\" before it to use what "
+                                             "is in the file", field);
+    if (!netchan__text_make(t, strlen(value))) return netchan__fail_memory("reading the options");
+    memcpy(t->data, value, t->size);
+    return NETCHAN_OK;
+}
+
+static int netchan__read_texts(const netchan_options *o, netchan__texts *t) {
+    int result = netchan__read_text(o, "shared_key", o->shared_key, &t->shared_key);
+    if (result == NETCHAN_OK) result = netchan__read_text(o, "pin", o->pin, &t->pin);
+    if (result == NETCHAN_OK) result = netchan__read_text(o, "ca", o->ca, &t->ca);
+    if (result == NETCHAN_OK) result = netchan__read_text(o, "cert", o->cert, &t->cert);
+    if (result == NETCHAN_OK) result = netchan__read_text(o, "cert_key", o->cert_key, &t->cert_key);
+    return result;
+}
+
+/* The next of several words. Returns NULL after the last. */
+static const char *netchan__next_word(const char **at, const char *separators, size_t *size) {
+    const char *word = *at + strspn(*at, separators);
+    *size = strcspn(word, separators);
+    *at = word + *size;
+    return *size ? word : NULL;
+}
+
+static size_t netchan__count_words(const char *text, const char *separators) {
+    size_t count = 0, size;
+    while (netchan__next_word(&text, separators, &size)) count++;
+    return count;
+}
+
+/* ---- What is trusted. ---- */
+
+typedef struct netchan__key {
+    uint8_t psk[32], id[8];
+} netchan__key;
+
+/* Under netchan__tls_lock; constant after make. */
+typedef struct netchan__tls {
+    mbedtls_ssl_config *confs; /* one, but a dialler has one for each of its shared keys */
+    size_t conf_count;
+    mbedtls_x509_crt cert, ca;
+    mbedtls_pk_context key;
+    netchan__key *keys;
+    size_t key_count;
+    uint8_t *pins; /* 32 bytes each */
+    size_t pin_count;
+    uint8_t own[32]; /* the fingerprint of our key */
+    bool has_ca, dials, made;
+} netchan__tls;
+
 static void netchan__print_fingerprint(const uint8_t *hash, char *out) {
     memcpy(out, "sha256:", 7);
     netchan__hex(hash, 32, out + 7);
 }
 
+static void netchan__print_key_id(const uint8_t *id, char *out) {
+    memcpy(out, "shared_key:", 11);
+    netchan__hex(id, 8, out + 11);
+}
+
 /* Reads "sha256:<64 hex digits>". */
-static bool netchan__parse_pin(const char *text, uint8_t *hash) {
-    if (strncmp(text, "sha256:", 7) || strlen(text) != 7 + 64) return false;
+static bool netchan__parse_pin(const char *text, size_t size, uint8_t *hash) {
+    if (size != 7 + 64 || !netchan__begins(text, "sha256:")) return false;
     for (size_t i = 0; i < 64; i++) {
         char c = text[7 + i];
         int digit = c >= '0' && c <= '9'   ? c - '0'
@@ -7274,32 +7465,101 @@ static bool netchan__parse_pin(const char *text, uint8_t *hash) {
     return true;
 }
 
-static bool netchan__is_pem(const char *text) { return strstr(text, "-----BEGIN") != NULL; }
-
-static int netchan__load_cert(mbedtls_x509_crt *cert, const char *text) {
-    if (netchan__is_pem(text)) return mbedtls_x509_crt_parse(cert, (const unsigned char *)text, strlen(text) + 1);
-    return mbedtls_x509_crt_parse_file(cert, text);
+static int netchan__set_pins(netchan__tls *t, const char *text) {
+    static const char separators[] = " \t\r\n,";
+    size_t count = netchan__count_words(text, separators), size;
+    t->pins = (uint8_t *)netchan__alloc(count * 32);
+    if (!t->pins) return netchan__fail_memory("options.pin");
+    for (const char *word; (word = netchan__next_word(&text, separators, &size)) != NULL; t->pin_count++)
+        if (!netchan__parse_pin(word, size, t->pins + 32 * t->pin_count)) {
+            count = 0;
+            text = word;
+            break;
+        }
+    if (count) return NETCHAN_OK;
+    return netchan__fail(NETCHAN_EINVAL, "options.pin must be \"sha256:\" and 64 hexadecimal digits, as "
+                                         "netchan_fingerprint() tells, or several of them; it has \"%.80s\"", text);
 }
 
-static int netchan__load_key(mbedtls_pk_context *key, const char *text) {
-    if (netchan__is_pem(text))
-        return mbedtls_pk_parse_key(key, (const unsigned char *)text, strlen(text) + 1, NULL, 0, mbedtls_psa_get_random,
-                                    MBEDTLS_PSA_RANDOM_STATE);
-    return mbedtls_pk_parse_keyfile(key, text, NULL, mbedtls_psa_get_random, MBEDTLS_PSA_RANDOM_STATE);
+static bool netchan__is_pinned(const netchan__tls *t, const uint8_t *hash) {
+    for (size_t i = 0; i < t->pin_count; i++)
+        if (memcmp(t->pins + 32 * i, hash, 32) == 0) return true;
+    return false;
+}
+
+/* SHA-256 of a label, which keeps this use of the key apart from others, with its NUL, and the key. */
+static int netchan__hash_labelled(const char *label, const char *key, size_t size, uint8_t *hash) {
+    mbedtls_sha256_context sha;
+    mbedtls_sha256_init(&sha);
+    int e = mbedtls_sha256_starts(&sha, 0);
+    if (!e) e = mbedtls_sha256_update(&sha, (const unsigned char *)label, strlen(label) + 1);
+    if (!e) e = mbedtls_sha256_update(&sha, (const unsigned char *)key, size);
+    if (!e) e = mbedtls_sha256_finish(&sha, hash);
+    mbedtls_sha256_free(&sha);
+    return e;
+}
+
+static int netchan__set_shared_key(netchan__key *key, const char *text, size_t length) {
+    size_t distinct = 0;
+    bool seen[256] = {false};
+    for (size_t i = 0; i < length; i++) {
+        distinct += !seen[(unsigned char)text[i]];
+        seen[(unsigned char)text[i]] = true;
+    }
+    if (length < NETCHAN__KEY_MIN || distinct < 8)
+        return netchan__fail(
+            NETCHAN_EAUTH,
+            "options.shared_key can be guessed: it has %zu characters, %zu of them different; at least %d and 8 are "
+            "needed. It must be random, not a password: make one with netchan_keygen(), or: openssl rand -hex 32",
+            length, distinct, NETCHAN__KEY_MIN);
+    uint8_t id[32];
+    int e = netchan__hash_labelled("netchan/1 shared key", text, length, key->psk);
+    if (!e) e = netchan__hash_labelled("netchan/1 key id", text, length, id);
+    memcpy(key->id, id, sizeof key->id);
+    return e ? netchan__tls_fail(NETCHAN_ENOMEM, e, "the shared key could not be set") : NETCHAN_OK;
+}
+
+static int netchan__set_shared_keys(netchan__tls *t, const char *text) {
+    static const char separators[] = "\r\n";
+    size_t count = netchan__count_words(text, separators), size;
+    if (!count) return netchan__set_shared_key(NULL, "", 0); /* says that it can be guessed */
+    t->keys = (netchan__key *)netchan__alloc(count * sizeof *t->keys);
+    if (!t->keys) return netchan__fail_memory("options.shared_key");
+    int result = NETCHAN_OK;
+    t->key_count = count;
+    for (size_t i = 0; i < count && result == NETCHAN_OK; i++) {
+        const char *word = netchan__next_word(&text, separators, &size);
+        result = netchan__set_shared_key(&t->keys[i], word, size);
+    }
+    return result;
+}
+
+/* Reads PEM text with one certificate or several, or one in DER. Returns 0 or mbedTLS's error. */
+static int netchan__load_cert(mbedtls_x509_crt *cert, const netchan__text *t) {
+    return mbedtls_x509_crt_parse(cert, (const unsigned char *)t->data, t->size + netchan__is_pem(t->data));
+}
+
+static int netchan__load_key(mbedtls_pk_context *key, const netchan__text *t) {
+    return mbedtls_pk_parse_key(key, (const unsigned char *)t->data, t->size + netchan__is_pem(t->data), NULL, 0,
+                                mbedtls_psa_get_random, MBEDTLS_PSA_RANDOM_STATE);
+}
+
+static int netchan__hash_key(const mbedtls_x509_crt *cert, uint8_t *hash) {
+    return mbedtls_sha256(cert->pk_raw.p, cert->pk_raw.len, hash, 0);
 }
 
 /* A fresh P-256 key and a certificate that it signs itself. */
-static int netchan__make_cert(netchan__tls *t) {
+static int netchan__make_cert(mbedtls_pk_context *key, mbedtls_x509_crt *cert) {
     uint8_t der[1024], serial[16] = {0};
     mbedtls_x509write_cert w;
     mbedtls_x509write_crt_init(&w);
     mbedtls_x509write_crt_set_version(&w, MBEDTLS_X509_CRT_VERSION_3);
     mbedtls_x509write_crt_set_md_alg(&w, MBEDTLS_MD_SHA256);
-    mbedtls_x509write_crt_set_subject_key(&w, &t->key);
-    mbedtls_x509write_crt_set_issuer_key(&w, &t->key);
-    int e = mbedtls_pk_setup(&t->key, mbedtls_pk_info_from_type(MBEDTLS_PK_ECKEY));
+    mbedtls_x509write_crt_set_subject_key(&w, key);
+    mbedtls_x509write_crt_set_issuer_key(&w, key);
+    int e = mbedtls_pk_setup(key, mbedtls_pk_info_from_type(MBEDTLS_PK_ECKEY));
     if (!e)
-        e = mbedtls_ecp_gen_key(MBEDTLS_ECP_DP_SECP256R1, mbedtls_pk_ec(t->key), mbedtls_psa_get_random,
+        e = mbedtls_ecp_gen_key(MBEDTLS_ECP_DP_SECP256R1, mbedtls_pk_ec(*key), mbedtls_psa_get_random,
                                 MBEDTLS_PSA_RANDOM_STATE);
     if (!e) e = mbedtls_psa_get_random(MBEDTLS_PSA_RANDOM_STATE, serial, sizeof serial);
     serial[0] = (uint8_t)((serial[0] & 0x7f) | 1); /* positive and not zero */
@@ -7311,133 +7571,275 @@ static int netchan__make_cert(netchan__tls *t) {
     int size = e ? e : mbedtls_x509write_crt_der(&w, der, sizeof der, mbedtls_psa_get_random, MBEDTLS_PSA_RANDOM_STATE);
     mbedtls_x509write_crt_free(&w);
     if (size < 0) return size;
-    return mbedtls_x509_crt_parse_der(&t->cert, der + sizeof der - size, (size_t)size);
+    return mbedtls_x509_crt_parse_der(cert, der + sizeof der - size, (size_t)size);
 }
 
-static int netchan__set_cert(netchan__tls *t, const netchan_options *o) {
-    if (!o->cert != !o->cert_key)
+static int netchan__set_cert(netchan__tls *t, const netchan__texts *texts) {
+    bool given = texts->cert.data != NULL;
+    if (given != (texts->cert_key.data != NULL))
         return netchan__fail(NETCHAN_EINVAL, "options.cert and options.cert_key go together, and only one is set");
-    int e = o->cert ? netchan__load_cert(&t->cert, o->cert) : netchan__make_cert(t);
+    int e = given ? netchan__load_cert(&t->cert, &texts->cert) : netchan__make_cert(&t->key, &t->cert);
     if (e)
         return netchan__tls_fail(NETCHAN_EINVAL, e,
-                                 o->cert ? "options.cert cannot be read" : "no certificate could be made");
-    if (o->cert_key && (e = netchan__load_key(&t->key, o->cert_key)) != 0)
-        return netchan__tls_fail(NETCHAN_EINVAL, e, "options.cert_key cannot be read");
+                                 given ? "options.cert is no certificate" : "no certificate could be made");
+    if (given && (e = netchan__load_key(&t->key, &texts->cert_key)) != 0)
+        return netchan__tls_fail(NETCHAN_EINVAL, e, "options.cert_key is no private key that can be read");
     if (mbedtls_pk_check_pair(&t->cert.pk, &t->key, mbedtls_psa_get_random, MBEDTLS_PSA_RANDOM_STATE))
         return netchan__fail(NETCHAN_EINVAL, "options.cert_key is not the key of options.cert");
-    e = mbedtls_ssl_conf_own_cert(&t->conf, &t->cert, &t->key);
+    e = netchan__hash_key(&t->cert, t->own);
     return e ? netchan__tls_fail(NETCHAN_ENOMEM, e, "the certificate could not be set") : NETCHAN_OK;
 }
 
-static int netchan__set_shared_key(netchan__tls *t, const char *text) {
-    size_t length = strlen(text), distinct = 0;
-    bool seen[256] = {false};
-    for (size_t i = 0; i < length; i++) {
-        distinct += !seen[(unsigned char)text[i]];
-        seen[(unsigned char)text[i]] = true;
-    }
-    if (length < NETCHAN__KEY_MIN || distinct < 8)
-        return netchan__fail(
-            NETCHAN_EAUTH,
-            "options.shared_key can be guessed: it has %zu characters, %zu of them different; at least %d and 8 are "
-            "needed. "
-            "It must be random, not a password: make one with netchan_keygen(), or: openssl rand -hex 32",
-            length, distinct, NETCHAN__KEY_MIN);
-    static const char label[] =
-        "netchan/1 shared key"; /* with its NUL: keeps this use of the secret apart from any other */
-    uint8_t psk[32];
-    mbedtls_sha256_context sha;
-    mbedtls_sha256_init(&sha);
-    int e = mbedtls_sha256_starts(&sha, 0);
-    if (!e) e = mbedtls_sha256_update(&sha, (const unsigned char *)label, sizeof label);
-    if (!e) e = mbedtls_sha256_update(&sha, (const unsigned char *)text, length);
-    if (!e) e = mbedtls_sha256_finish(&sha, psk);
-    mbedtls_sha256_free(&sha);
-    if (!e) e = mbedtls_ssl_conf_psk(&t->conf, psk, sizeof psk, (const unsigned char *)"netchan", 7);
-    mbedtls_platform_zeroize(psk, sizeof psk);
-    if (e) return netchan__tls_fail(NETCHAN_ENOMEM, e, "the shared key could not be set");
-    t->has_psk = true;
-    mbedtls_ssl_conf_tls13_key_exchange_modes(&t->conf, MBEDTLS_SSL_TLS1_3_KEY_EXCHANGE_MODE_PSK_EPHEMERAL);
-    return NETCHAN_OK;
+static int netchan__set_ca(netchan__tls *t, const netchan__text *ca) {
+    t->has_ca = true;
+    int e = netchan__load_cert(&t->ca, ca);
+    return e ? netchan__tls_fail(NETCHAN_EINVAL, e, "options.ca has a certificate that cannot be read, or none")
+             : NETCHAN_OK;
 }
 
-static int netchan__set_trust(netchan__tls *t, const netchan_options *o) {
-    int ways = (o->shared_key != NULL) + (o->pin != NULL) + o->insecure;
+/* Whom to trust must be said, once. */
+static int netchan__check_trust(const netchan_options *o) {
+    int ways = (o->shared_key != NULL) + (o->pin != NULL) + (o->ca != NULL) + o->insecure;
     if (ways == 0)
         return netchan__fail(NETCHAN_EAUTH,
                              "nothing says whom to trust. Set options.shared_key to the same secret on both sides "
-                             "(netchan_keygen() makes one), "
-                             "or options.pin to the other side's fingerprint, or options.insecure to trust anybody");
+                             "(netchan_keygen() makes one), or options.pin to the other side's fingerprint, or "
+                             "options.ca to certificates of who vouches for it, or options.insecure to trust anybody");
     if (ways > 1)
         return netchan__fail(NETCHAN_EINVAL,
-                             "more than one of options.shared_key, .pin and .insecure is set; choose one");
-    if (o->shared_key) return netchan__set_shared_key(t, o->shared_key);
-    mbedtls_ssl_conf_tls13_key_exchange_modes(&t->conf, MBEDTLS_SSL_TLS1_3_KEY_EXCHANGE_MODE_EPHEMERAL);
-    mbedtls_ssl_conf_authmode(&t->conf, o->pin ? MBEDTLS_SSL_VERIFY_REQUIRED : MBEDTLS_SSL_VERIFY_NONE);
-    if (o->pin && !netchan__parse_pin(o->pin, t->pin))
-        return netchan__fail(NETCHAN_EINVAL,
-                             "options.pin must be \"sha256:\" and 64 hexadecimal digits, as netchan_fingerprint() "
-                             "tells; it is \"%.80s\"",
-                             o->pin);
-    t->has_pin = o->pin != NULL;
-    int result = netchan__set_cert(t, o);
-    if (result == NETCHAN_OK)
-        mbedtls_ssl_conf_ca_chain(&t->conf, &t->cert, NULL); /* mbedTLS wants one; netchan__verify() decides */
-    return result;
+                             "more than one of options.shared_key, .pin, .ca and .insecure is set; choose one");
+    if (o->peer_name && !o->ca)
+        return netchan__fail(NETCHAN_EINVAL, "options.peer_name needs options.ca, which vouches for names");
+    if (o->peer_name && (!*o->peer_name || strlen(o->peer_name) > MBEDTLS_SSL_MAX_HOST_NAME_LEN))
+        return netchan__fail(NETCHAN_EINVAL, "options.peer_name must have 1 to %d bytes",
+                             MBEDTLS_SSL_MAX_HOST_NAME_LEN);
+    return NETCHAN_OK;
 }
 
-static int netchan__crypto_init(void) {
-    psa_status_t status = psa_crypto_init();
-    return status == PSA_SUCCESS
-               ? NETCHAN_OK
-               : netchan__fail(NETCHAN_ENET, "psa_crypto_init failed (%d); is there a source of randomness?",
-                               (int)status);
+static int netchan__set_trust(netchan__tls *t, const netchan__texts *texts) {
+    if (texts->shared_key.data) return netchan__set_shared_keys(t, texts->shared_key.data);
+    int result = NETCHAN_OK;
+    if (texts->pin.data) result = netchan__set_pins(t, texts->pin.data);
+    if (texts->ca.data) result = netchan__set_ca(t, &texts->ca);
+    return result == NETCHAN_OK ? netchan__set_cert(t, texts) : result;
+}
+
+/* ---- Whom a handshake shows. ---- */
+
+/* One connection, see [16]. */
+typedef struct netchan__stream {
+    const netchan__tls *tls;
+    mbedtls_ssl_context ssl;
+    const uint8_t *in; /* ciphertext that was received and not used yet */
+    size_t in_left;
+    netchan__buf out; /* ciphertext to be sent */
+    const netchan__key *key; /* the shared key in use */
+    uint8_t seen[32]; /* fingerprint of the peer's key */
+    bool has_seen;
+    bool has_read;    /* the peer has accepted us: it sent something after the handshake */
+    bool untrusted;   /* listening: the handshake ended well, but reason tells why the peer is to be turned away */
+    uint8_t binding[32]; /* a secret of this connection, known to both sides and to nobody else */
+    char name[256];   /* the subject of the peer's certificate; "" when that is longer */
+    char reason[320]; /* why the connection is over, as the end of a sentence about the other side */
+} netchan__stream;
+
+/* Names for which a certificate is good, as "a, b". */
+static void netchan__print_names(const mbedtls_x509_crt *cert, char *out, size_t size) {
+    size_t used = 0;
+    for (const mbedtls_x509_sequence *n = &cert->subject_alt_names; n && n->buf.p; n = n->next) {
+        char name[64] = "";
+        unsigned tag = (unsigned)n->buf.tag & 0x1f;
+        size_t length = n->buf.len < sizeof name - 1 ? n->buf.len : sizeof name - 1;
+        if (tag == MBEDTLS_X509_SAN_DNS_NAME)
+            for (size_t i = 0; i < length; i++)
+                name[i] = n->buf.p[i] > ' ' && n->buf.p[i] < 127 ? (char)n->buf.p[i] : '?';
+        else if (tag == MBEDTLS_X509_SAN_IP_ADDRESS && (n->buf.len == 4 || n->buf.len == 16))
+            inet_ntop(n->buf.len == 4 ? AF_INET : AF_INET6, n->buf.p, name, sizeof name);
+        if (!name[0] || used + strlen(name) + 3 > size) continue;
+        used += (size_t)snprintf(out + used, size - used, "%s%s", used ? ", " : "", name);
+    }
+    if (!used) mbedtls_x509_dn_gets(out, size, &cert->subject);
+}
+
+/* Why mbedTLS does not trust the certificate. */
+static void netchan__explain_cert(netchan__stream *s, const mbedtls_x509_crt *cert, uint32_t flags) {
+    char subject[96] = "", issuer[96] = "", *out = s->reason;
+    const mbedtls_x509_time *from = &cert->valid_from, *to = &cert->valid_to;
+    size_t size = sizeof s->reason;
+    mbedtls_x509_dn_gets(subject, sizeof subject, &cert->subject);
+    mbedtls_x509_dn_gets(issuer, sizeof issuer, &cert->issuer);
+    if (flags & MBEDTLS_X509_BADCERT_EXPIRED)
+        snprintf(out, size, "its certificate \"%s\" expired at %04d-%02d-%02d %02d:%02d UTC, which is before now",
+                 subject, to->year, to->mon, to->day, to->hour, to->min);
+    else if (flags & MBEDTLS_X509_BADCERT_FUTURE)
+        snprintf(out, size, "its certificate \"%s\" is good from %04d-%02d-%02d %02d:%02d UTC on, which is after now",
+                 subject, from->year, from->mon, from->day, from->hour, from->min);
+    else if (flags & MBEDTLS_X509_BADCERT_NOT_TRUSTED && cert->issuer_raw.len == cert->subject_raw.len &&
+             !memcmp(cert->issuer_raw.p, cert->subject_raw.p, cert->issuer_raw.len))
+        snprintf(out, size, "its certificate \"%s\" is self-signed, and not in options.ca", subject);
+    else if (flags & MBEDTLS_X509_BADCERT_NOT_TRUSTED)
+        snprintf(out, size, "its certificate \"%s\" was issued by \"%s\", whose key is not in options.ca", subject,
+                 issuer);
+    else if (flags & MBEDTLS_X509_BADCERT_CN_MISMATCH) {
+        netchan__print_names(cert, subject, sizeof subject);
+        snprintf(out, size, "its certificate is for \"%s\", and the name expected is \"%.120s\" (options.peer_name%s)",
+                 subject, mbedtls_ssl_get_hostname(&s->ssl), s->tls->dials ? ", or else the host dialled" : "");
+    } else if (flags & (MBEDTLS_X509_BADCERT_BAD_MD | MBEDTLS_X509_BADCERT_BAD_PK | MBEDTLS_X509_BADCERT_BAD_KEY))
+        snprintf(out, size, "its certificate \"%s\" uses a key or a hash that is too weak", subject);
+    else snprintf(out, size, "its certificate \"%s\" is not valid (mbedTLS flags 0x%x)", subject, (unsigned)flags);
+}
+
+/* Called for each certificate of the peer, its own last. A pin trusts a key, whatever certificate it stands in. */
+static int netchan__verify(void *arg, mbedtls_x509_crt *cert, int depth, uint32_t *flags) {
+    netchan__stream *s = (netchan__stream *)arg;
+    char seen[NETCHAN_FINGERPRINT_SIZE], pin[NETCHAN_FINGERPRINT_SIZE];
+    if (!s->tls->has_ca) *flags = 0;
+    if (*flags) netchan__explain_cert(s, cert, *flags);
+    if (depth > 0) return 0;
+    s->has_seen = netchan__hash_key(cert, s->seen) == 0;
+    if (mbedtls_x509_dn_gets(s->name, sizeof s->name, &cert->subject) < 0) s->name[0] = '\0';
+    if (s->has_seen && (!s->tls->pin_count || netchan__is_pinned(s->tls, s->seen))) return 0;
+    *flags = MBEDTLS_X509_BADCERT_OTHER;
+    netchan__print_fingerprint(s->seen, seen);
+    netchan__print_fingerprint(s->tls->pins, pin);
+    snprintf(s->reason, sizeof s->reason, "its key is %s, and options.pin is %s%s", seen, pin,
+             s->tls->pin_count > 1 ? " or one more" : "");
+    return 0;
+}
+
+/* Listening: which of our keys the peer uses. Returns 0 when there is one. */
+static int netchan__choose_key(void *arg, mbedtls_ssl_context *ssl, const unsigned char *name, size_t size) {
+    const netchan__tls *t = (const netchan__tls *)arg;
+    netchan__stream *s = (netchan__stream *)mbedtls_ssl_get_user_data_p(ssl);
+    char text[32] = "", own[32];
+    for (size_t i = 0; i < t->key_count; i++) {
+        netchan__print_key_id(t->keys[i].id, own);
+        if (size != strlen(own) || memcmp(name, own, size)) continue;
+        s->key = &t->keys[i];
+        return mbedtls_ssl_set_hs_psk(ssl, s->key->psk, sizeof s->key->psk);
+    }
+    for (size_t i = 0; i < size && i < sizeof text - 1; i++)
+        text[i] = name[i] > ' ' && name[i] < 127 ? (char)name[i] : '?';
+    netchan__print_key_id(t->keys[0].id, own);
+    snprintf(s->reason, sizeof s->reason, "its key is \"%s\", and options.shared_key is \"%s\"%s", text, own,
+             t->key_count > 1 ? " or one more" : "");
+    return -1;
+}
+
+/* What the peer has proved to be, for `identity`. */
+static void netchan__print_identity(const netchan__stream *s, char *out) {
+    out[0] = '\0';
+    if (s->has_seen) netchan__print_fingerprint(s->seen, out);
+    else if (s->key) netchan__print_key_id(s->key->id, out);
+}
+
+/* After the handshake: has the peer proved what options ask for (T1)? Only a listener finds somebody here who has not:
+ * a dialler's handshake would have failed. */
+static bool netchan__is_trusted(netchan__stream *s) {
+    const netchan__tls *t = s->tls;
+    if (t->key_count) return true; /* no handshake ends without */
+    uint32_t flags = mbedtls_ssl_get_verify_result(&s->ssl);
+    if (!t->has_ca && !t->pin_count) return true;
+    if (s->has_seen && !flags) return true;
+    if (!s->has_seen)
+        snprintf(s->reason, sizeof s->reason, "it showed no certificate, and options.%s asks for one",
+                 t->has_ca ? "ca" : "pin");
+    else if (!s->reason[0])
+        snprintf(s->reason, sizeof s->reason, "its certificate \"%.200s\" is not for TLS %s (key usage)", s->name,
+                 t->dials ? "servers" : "clients");
+    return false;
+}
+
+/* What who is turned away is told: the reason, less what it need not know, said to it. */
+static void netchan__tell_reason(const netchan__stream *s, char *out, size_t size) {
+    static const char *const from[] = {"its ", "it "}, *const to[] = {"your ", "you "};
+    const char *reason = s->reason, *who = "";
+    for (int i = 0; i < 2 && !*who; i++)
+        if (netchan__begins(reason, from[i])) who = to[i], reason += strlen(from[i]);
+    const char *end = s->tls->pin_count ? strstr(reason, ", and options.pin") : NULL;
+    int length = end ? (int)(end - reason) : (int)strlen(reason);
+    snprintf(out, size, "%s%.*s%s", who, length, reason, end ? ", which is not pinned here" : "");
+}
+
+/* ====================================================================================================================
+ * [16] TLS: mbedTLS as a stream between two buffers. It never blocks and never meets a socket: ciphertext is put in,
+ * ciphertext is taken out. Under netchan__tls_lock, see [15].
+ * ================================================================================================================== */
+
+static const char *const netchan__alpn[] = {"netchan/1", NULL};
+/* ChaCha20-Poly1305 first: it has no practical limit on records under one key (RFC 8446 section 5.5), there is no key
+ * update here, and mbedTLS 3.6 encrypts with it at least as fast as with AES-GCM. */
+static const int netchan__ciphersuites[] = {MBEDTLS_TLS1_3_CHACHA20_POLY1305_SHA256, MBEDTLS_TLS1_3_AES_128_GCM_SHA256,
+                                            MBEDTLS_TLS1_3_AES_256_GCM_SHA384, 0};
+
+/* A peer's certificate is asked for also where anybody is trusted, so that options.allow and link->accept have an
+ * identity. A listener looks at it after the handshake, so that it can say what is wrong with it; a dialler within, as
+ * it would otherwise show its own certificate to anybody. */
+static void netchan__conf_cert(netchan__tls *t, mbedtls_ssl_config *conf) {
+    bool required = t->dials && (t->has_ca || t->pin_count);
+    mbedtls_ssl_conf_tls13_key_exchange_modes(conf, MBEDTLS_SSL_TLS1_3_KEY_EXCHANGE_MODE_EPHEMERAL);
+    mbedtls_ssl_conf_authmode(conf, required ? MBEDTLS_SSL_VERIFY_REQUIRED : MBEDTLS_SSL_VERIFY_OPTIONAL);
+    mbedtls_ssl_conf_ca_chain(conf, t->has_ca ? &t->ca : &t->cert, NULL); /* without a CA netchan__verify() decides */
+}
+
+/* key: with a shared key. Returns 0 or mbedTLS's error. */
+static int netchan__conf_make(netchan__tls *t, mbedtls_ssl_config *conf, const netchan__key *key) {
+    const char **alpn = (const char **)(uintptr_t)netchan__alpn; /* mbedTLS does not write to it */
+    char id[32];
+    int e = mbedtls_ssl_config_defaults(conf, t->dials ? MBEDTLS_SSL_IS_CLIENT : MBEDTLS_SSL_IS_SERVER,
+                                        MBEDTLS_SSL_TRANSPORT_STREAM, MBEDTLS_SSL_PRESET_DEFAULT);
+    if (e) return e;
+    mbedtls_ssl_conf_min_tls_version(conf, MBEDTLS_SSL_VERSION_TLS1_3);
+    mbedtls_ssl_conf_max_tls_version(conf, MBEDTLS_SSL_VERSION_TLS1_3);
+    mbedtls_ssl_conf_ciphersuites(conf, netchan__ciphersuites);
+    mbedtls_ssl_conf_rng(conf, mbedtls_psa_get_random, MBEDTLS_PSA_RANDOM_STATE);
+#if defined(MBEDTLS_SSL_SESSION_TICKETS) && defined(MBEDTLS_SSL_CLI_C)
+    mbedtls_ssl_conf_session_tickets(conf, MBEDTLS_SSL_SESSION_TICKETS_DISABLED);
+#endif
+    e = mbedtls_ssl_conf_alpn_protocols(conf, alpn);
+    if (e) return e;
+    if (!key) {
+        netchan__conf_cert(t, conf);
+        return mbedtls_ssl_conf_own_cert(conf, &t->cert, &t->key);
+    }
+    mbedtls_ssl_conf_tls13_key_exchange_modes(conf, MBEDTLS_SSL_TLS1_3_KEY_EXCHANGE_MODE_PSK_EPHEMERAL);
+    mbedtls_ssl_conf_psk_cb(conf, netchan__choose_key, t);
+    netchan__print_key_id(key->id, id);
+    return t->dials ? mbedtls_ssl_conf_psk(conf, key->psk, sizeof key->psk, (const unsigned char *)id, strlen(id)) : 0;
 }
 
 static void netchan__tls_free(netchan__tls *t) {
     if (!t->made) return;
-    mbedtls_ssl_config_free(&t->conf);
+    for (size_t i = 0; i < t->conf_count; i++) mbedtls_ssl_config_free(&t->confs[i]);
+    NETCHAN_FREE(t->confs);
     mbedtls_x509_crt_free(&t->cert);
+    mbedtls_x509_crt_free(&t->ca);
     mbedtls_pk_free(&t->key);
+    if (t->keys) mbedtls_platform_zeroize(t->keys, t->key_count * sizeof *t->keys);
+    NETCHAN_FREE(t->keys);
+    NETCHAN_FREE(t->pins);
     t->made = false;
 }
 
-static int netchan__tls_make(netchan__tls *t, const netchan_options *o, bool dials) {
-    memset(t, 0, sizeof *t);
-    mbedtls_ssl_config_init(&t->conf);
+/* t is all zeros and stays where it is. netchan__tls_free() follows in each case. Returns OK, EAUTH, EINVAL, ENOMEM or
+ * ENET. */
+static int netchan__tls_make(netchan__tls *t, const netchan__texts *texts, bool dials) {
     mbedtls_x509_crt_init(&t->cert);
+    mbedtls_x509_crt_init(&t->ca);
     mbedtls_pk_init(&t->key);
+    t->dials = dials;
     t->made = true;
-    int result = netchan__crypto_init();
+    int result = netchan__crypto_init(), e = 0;
+    if (result == NETCHAN_OK) result = netchan__set_trust(t, texts);
     if (result != NETCHAN_OK) return result;
-    int e = mbedtls_ssl_config_defaults(&t->conf, dials ? MBEDTLS_SSL_IS_CLIENT : MBEDTLS_SSL_IS_SERVER,
-                                        MBEDTLS_SSL_TRANSPORT_STREAM, MBEDTLS_SSL_PRESET_DEFAULT);
-    if (e) return netchan__tls_fail(NETCHAN_ENOMEM, e, "TLS could not be configured");
-    mbedtls_ssl_conf_min_tls_version(&t->conf, MBEDTLS_SSL_VERSION_TLS1_3);
-    mbedtls_ssl_conf_max_tls_version(&t->conf, MBEDTLS_SSL_VERSION_TLS1_3);
-    mbedtls_ssl_conf_ciphersuites(&t->conf, netchan__ciphersuites);
-    mbedtls_ssl_conf_rng(&t->conf, mbedtls_psa_get_random, MBEDTLS_PSA_RANDOM_STATE);
-#if defined(MBEDTLS_SSL_SESSION_TICKETS) && defined(MBEDTLS_SSL_CLI_C)
-    mbedtls_ssl_conf_session_tickets(&t->conf, MBEDTLS_SSL_SESSION_TICKETS_DISABLED);
-#endif
-    const char **alpn = (const char **)(uintptr_t)netchan__alpn; /* mbedTLS does not write to it */
-    e = mbedtls_ssl_conf_alpn_protocols(&t->conf, alpn);
-    return e ? netchan__tls_fail(NETCHAN_ENOMEM, e, "TLS could not be configured") : netchan__set_trust(t, o);
-}
-
-static int netchan__hash_key(const mbedtls_x509_crt *cert, uint8_t *hash) {
-    return mbedtls_sha256(cert->pk_raw.p, cert->pk_raw.len, hash, 0);
-}
-
-/* A pin trusts a key, whatever certificate it stands in. */
-static int netchan__verify(void *arg, mbedtls_x509_crt *cert, int depth, uint32_t *flags) {
-    netchan__stream *s = (netchan__stream *)arg;
-    *flags = 0;
-    if (depth > 0) return 0;
-    s->has_seen = netchan__hash_key(cert, s->seen) == 0;
-    if (!s->has_seen || (s->tls->has_pin && memcmp(s->seen, s->tls->pin, sizeof s->seen)))
-        *flags = MBEDTLS_X509_BADCERT_OTHER;
-    return 0;
+    size_t count = dials && t->key_count ? t->key_count : 1;
+    t->confs = (mbedtls_ssl_config *)netchan__alloc(count * sizeof *t->confs);
+    if (!t->confs) return netchan__fail_memory("configuring TLS");
+    for (; t->conf_count < count && !e; t->conf_count++) {
+        mbedtls_ssl_config_init(&t->confs[t->conf_count]);
+        e = netchan__conf_make(t, &t->confs[t->conf_count], t->keys ? &t->keys[t->conf_count] : NULL);
+    }
+    return e ? netchan__tls_fail(NETCHAN_ENOMEM, e, "TLS could not be configured") : NETCHAN_OK;
 }
 
 /* A hash of a traffic secret stands in for the exporter of RFC 8446 section 7.5, which mbedTLS 3.6 does not offer in
@@ -7472,13 +7874,16 @@ static int netchan__stream_recv(void *arg, unsigned char *data, size_t size) {
     return (int)size;
 }
 
-/* Returns 0 or mbedTLS's error. */
-static int netchan__stream_start(netchan__stream *s, const netchan__tls *tls) {
+/* which: of several shared keys. name: with a CA, what the peer's certificate must carry; NULL: any. Returns 0 or
+ * mbedTLS's error. */
+static int netchan__stream_start(netchan__stream *s, const netchan__tls *tls, size_t which, const char *name) {
     memset(s, 0, sizeof *s);
     s->tls = tls;
+    s->key = tls->dials && tls->keys ? &tls->keys[which] : NULL;
     mbedtls_ssl_init(&s->ssl);
-    int e = mbedtls_ssl_setup(&s->ssl, &tls->conf);
-    if (!e) e = mbedtls_ssl_set_hostname(&s->ssl, NULL); /* a pin or a shared key names the peer, not the DNS */
+    int e = mbedtls_ssl_setup(&s->ssl, &tls->confs[s->key ? which : 0]);
+    if (!e) e = mbedtls_ssl_set_hostname(&s->ssl, tls->has_ca ? name : NULL);
+    mbedtls_ssl_set_user_data_p(&s->ssl, s);
     mbedtls_ssl_set_verify(&s->ssl, netchan__verify, s);
     mbedtls_ssl_set_export_keys_cb(&s->ssl, netchan__export_key, s);
     mbedtls_ssl_set_bio(&s->ssl, s, netchan__stream_send, netchan__stream_recv, NULL);
@@ -7495,8 +7900,14 @@ static void netchan__stream_free(netchan__stream *s) {
 static int netchan__stream_handshake(netchan__stream *s) {
     int e = mbedtls_ssl_handshake(&s->ssl);
     if (e == MBEDTLS_ERR_SSL_WANT_WRITE) return MBEDTLS_ERR_SSL_WANT_READ;
-    if (e == 0 && !mbedtls_ssl_get_alpn_protocol(&s->ssl)) return MBEDTLS_ERR_SSL_NO_APPLICATION_PROTOCOL;
-    return e;
+    if (e) return e;
+    if (!mbedtls_ssl_get_alpn_protocol(&s->ssl)) {
+        mbedtls_ssl_send_alert_message(&s->ssl, MBEDTLS_SSL_ALERT_LEVEL_FATAL,
+                                       MBEDTLS_SSL_ALERT_MSG_NO_APPLICATION_PROTOCOL);
+        return MBEDTLS_ERR_SSL_NO_APPLICATION_PROTOCOL;
+    }
+    s->untrusted = !netchan__is_trusted(s);
+    return s->untrusted && s->tls->dials ? MBEDTLS_ERR_X509_CERT_VERIFY_FAILED : 0;
 }
 
 /* Returns the number of plaintext bytes, MBEDTLS_ERR_SSL_WANT_READ when the ciphertext is used up, or an error. */
@@ -7519,53 +7930,62 @@ static int netchan__stream_write(netchan__stream *s, const uint8_t *data, size_t
     return 0;
 }
 
-/* Why TLS failed with a peer, as the end of a sentence. Returns whether trust was the reason, so that trying again is
- * no use. */
-static bool netchan__explain(const netchan__stream *s, int error, char *text, size_t size) {
-    char seen[NETCHAN_FINGERPRINT_SIZE], pin[NETCHAN_FINGERPRINT_SIZE];
+/* The other side does not want us, or shows that it knows other keys. */
+static void netchan__explain_refusal(netchan__stream *s, bool alert) {
+    const netchan__tls *t = s->tls;
+    char own[NETCHAN_FINGERPRINT_SIZE], *out = s->reason;
+    size_t size = sizeof s->reason;
+    if (t->key_count && !t->dials)
+        snprintf(out, size, "it does not prove our shared_key: it offered none, and may use pin, ca or insecure");
+    else if (t->key_count) {
+        netchan__print_key_id(s->key->id, own);
+        snprintf(out, size, "it does not accept our shared_key, \"%s\": the keys differ, or it expects none", own);
+    } else if (alert) {
+        netchan__print_fingerprint(t->own, own);
+        snprintf(out, size, "it does not accept our certificate, whose key is %s: it expects another key, name or CA, "
+                            "or another kind of trust (shared_key)", own);
+    } else
+        snprintf(out, size, "it cannot agree on a cipher with us, or expects another kind of trust (shared_key)");
+}
+
+/* Sets the reason why TLS failed, unless it is known. Returns whether trust was it, so that trying again is no use. */
+static bool netchan__explain(netchan__stream *s, int error) {
+    const char *reason = NULL;
+    char text[128];
+    bool final = true, known = s->reason[0] != '\0';
     switch (error) {
     case MBEDTLS_ERR_X509_CERT_VERIFY_FAILED:
-        netchan__print_fingerprint(s->seen, seen);
-        netchan__print_fingerprint(s->tls->pin, pin);
-        snprintf(text, size, "its key is %s, and options.pin is %s", s->has_seen ? seen : "unknown", pin);
+        if (!known) netchan__is_trusted(s); /* says why not */
         return true;
-    case MBEDTLS_ERR_SSL_NO_CLIENT_CERTIFICATE:
-        snprintf(text, size, "it showed no certificate, and options.pin asks for one");
-        return true;
-    case MBEDTLS_ERR_SSL_INVALID_MAC: /* mbedTLS encrypts an alert on the client's certificate with the handshake's key,
-                                         too early or too late */
-    case MBEDTLS_ERR_SSL_FATAL_ALERT_MESSAGE:
+    case MBEDTLS_ERR_SSL_INVALID_MAC: case MBEDTLS_ERR_SSL_FATAL_ALERT_MESSAGE:
         if (s->has_read) break;
-        snprintf(text, size, "%s",
-                 s->tls->has_psk
-                     ? "it does not accept our shared_key: the keys differ, or it expects none"
-                     : "it does not accept our certificate, or expects another kind of trust (shared_key, pin)");
+        if (!known) netchan__explain_refusal(s, true);
         return true;
-    case MBEDTLS_ERR_SSL_HANDSHAKE_FAILURE:
-    case MBEDTLS_ERR_SSL_ILLEGAL_PARAMETER:
-    case MBEDTLS_ERR_SSL_UNKNOWN_IDENTITY:
-    case MBEDTLS_ERR_SSL_PRIVATE_KEY_REQUIRED:
-        snprintf(text, size, "%s",
-                 s->tls->has_psk ? "it does not prove our shared_key: the keys differ, or it uses none"
-                                 : "it expects another kind of trust (shared_key, pin) or cannot agree on a cipher");
+    case MBEDTLS_ERR_SSL_HANDSHAKE_FAILURE: case MBEDTLS_ERR_SSL_ILLEGAL_PARAMETER:
+    case MBEDTLS_ERR_SSL_UNKNOWN_IDENTITY: case MBEDTLS_ERR_SSL_PRIVATE_KEY_REQUIRED:
+        if (!known) netchan__explain_refusal(s, false);
         return true;
     case MBEDTLS_ERR_SSL_BAD_PROTOCOL_VERSION:
-        snprintf(text, size, "it does not speak TLS 1.3, which is the only version here");
-        return true;
+        reason = "it does not speak TLS 1.3, which is the only version here";
+        break;
     case MBEDTLS_ERR_SSL_NO_APPLICATION_PROTOCOL:
-        snprintf(text, size, "it speaks TLS 1.3, but not the protocol netchan/1");
-        return true;
-    case MBEDTLS_ERR_SSL_INVALID_RECORD:
-    case MBEDTLS_ERR_SSL_UNEXPECTED_MESSAGE:
-    case MBEDTLS_ERR_SSL_UNEXPECTED_RECORD: snprintf(text, size, "it does not speak TLS"); return false;
+        reason = "it speaks TLS 1.3, but not the protocol netchan/1";
+        break;
+    case MBEDTLS_ERR_SSL_INVALID_RECORD: case MBEDTLS_ERR_SSL_UNEXPECTED_MESSAGE:
+    case MBEDTLS_ERR_SSL_UNEXPECTED_RECORD:
+        reason = "it does not speak TLS";
+        final = false;
+        break;
     case MBEDTLS_ERR_SSL_CONN_EOF: case MBEDTLS_ERR_SSL_PEER_CLOSE_NOTIFY:
-        snprintf(text, size, "it closed the connection");
-        return false;
+        reason = "it closed the connection";
+        final = false;
+        break;
     default: break;
     }
-    char reason[128];
-    mbedtls_strerror(error, reason, sizeof reason);
-    snprintf(text, size, "%s (mbedTLS -0x%04x)", reason, (unsigned)-error);
+    if (reason) snprintf(s->reason, sizeof s->reason, "%s", reason);
+    if (reason) return final;
+    mbedtls_strerror(error, text, sizeof text);
+    snprintf(s->reason, sizeof s->reason, "%s (mbedTLS -0x%04x)", text, (unsigned)-error);
     return false;
 }
 
@@ -7585,31 +8005,54 @@ NETCHANDEF int netchan_keygen(char *out, size_t size) {
     return NETCHAN_OK;
 }
 
+NETCHANDEF int netchan_key_id(const char *shared_key, char *out, size_t size) {
+    netchan__text text = {NULL, 0};
+    netchan__key key;
+    size_t length;
+    if (!shared_key || !out || size < NETCHAN_KEY_ID_SIZE)
+        return netchan__fail(NETCHAN_EINVAL, "netchan_key_id: a key and %d bytes are needed, %zu are given",
+                             NETCHAN_KEY_ID_SIZE, size);
+    int result = netchan__read_text(NULL, "shared_key", shared_key, &text);
+    if (result == NETCHAN_OK) {
+        const char *at = text.data, *word = netchan__next_word(&at, "\r\n", &length);
+        result = netchan__set_shared_key(&key, word ? word : "", length);
+    }
+    netchan__text_free(&text);
+    if (result == NETCHAN_OK) netchan__print_key_id(key.id, out);
+    mbedtls_platform_zeroize(&key, sizeof key);
+    return result;
+}
+
 NETCHANDEF int netchan_fingerprint(const char *cert, char *out, size_t size) {
     uint8_t hash[32];
+    netchan__text text = {NULL, 0};
     if (!cert || !out || size < NETCHAN_FINGERPRINT_SIZE)
         return netchan__fail(NETCHAN_EINVAL,
                              "netchan_fingerprint: a certificate and %d bytes are needed, %zu are given",
                              NETCHAN_FINGERPRINT_SIZE, size);
+    int result = netchan__read_text(NULL, "cert", cert, &text), e = 0;
     mbedtls_x509_crt parsed;
     mbedtls_x509_crt_init(&parsed);
     pthread_mutex_lock(&netchan__tls_lock);
-    int result = netchan__crypto_init(), e = result == NETCHAN_OK ? netchan__load_cert(&parsed, cert) : 0;
+    if (result == NETCHAN_OK) result = netchan__crypto_init();
+    if (result == NETCHAN_OK) e = netchan__load_cert(&parsed, &text);
     if (!e && result == NETCHAN_OK) e = netchan__hash_key(&parsed, hash);
     mbedtls_x509_crt_free(&parsed);
     pthread_mutex_unlock(&netchan__tls_lock);
+    netchan__text_free(&text);
     if (e) result = netchan__tls_fail(NETCHAN_EINVAL, e, "netchan_fingerprint: the certificate cannot be read");
     if (result == NETCHAN_OK) netchan__print_fingerprint(hash, out);
     return result;
 }
 
 /* ====================================================================================================================
- * [16] Sockets: addresses, and sockets that never block, never raise SIGPIPE and do not outlive an exec.
+ * [17] Sockets: addresses, and sockets that never block, never raise SIGPIPE and do not outlive an exec.
  * ================================================================================================================== */
 
 typedef struct netchan__address {
     struct sockaddr_storage storage;
     socklen_t size;
+    char host[256]; /* as it was written */
 } netchan__address;
 
 static int netchan__fail_address(const char *text) {
@@ -7617,31 +8060,39 @@ static int netchan__fail_address(const char *text) {
                          text ? text : "(NULL)");
 }
 
-/* "host:port", "[ipv6]:port", ":port" -> up to max addresses. Returns how many, EINVAL or EADDR. Blocks while names are
- * looked up. */
-static int netchan__resolve(const char *text, bool passive, netchan__address *out, size_t max) {
-    char host[256];
-    const char *colon = text ? strrchr(text, ':') : NULL;
+/* "host:port", "[ipv6]:port", ":port" -> host, of at least 256 bytes, and *port, the end of text. Returns OK or EINVAL. */
+static int netchan__split_address(const char *text, char *host, const char **port) {
+    const char *colon = text ? strrchr(text, ':') : NULL, *begin = text;
     size_t length = colon ? (size_t)(colon - text) : 0;
-    const char *begin = text;
     if (colon && length >= 2 && text[0] == '[' && text[length - 1] == ']') begin = text + 1, length -= 2;
     else if (colon && memchr(text, ':', length)) colon = NULL; /* an IPv6 address without brackets */
     if (!colon || !colon[1] || strspn(colon + 1, "0123456789") != strlen(colon + 1) || strlen(colon + 1) > 5 ||
-        atoi(colon + 1) > 65535 || length >= sizeof host)
+        atoi(colon + 1) > 65535 || length >= 256)
         return netchan__fail_address(text);
     memcpy(host, begin, length);
     host[length] = '\0';
+    *port = colon + 1;
+    return NETCHAN_OK;
+}
+
+/* Up to max addresses of a host and port. Returns how many, EINVAL or EADDR. Blocks while names are looked up. */
+static int netchan__resolve(const char *text, bool passive, netchan__address *out, size_t max) {
+    char host[256];
+    const char *port = NULL;
+    int result = netchan__split_address(text, host, &port);
+    if (result != NETCHAN_OK) return result;
     struct addrinfo hints, *list = NULL;
     memset(&hints, 0, sizeof hints);
     hints.ai_family = AF_UNSPEC;
     hints.ai_socktype = SOCK_STREAM;
     hints.ai_flags = AI_NUMERICSERV | (passive ? AI_PASSIVE : 0);
-    int e = getaddrinfo(length ? host : NULL, colon + 1, &hints, &list);
+    int e = getaddrinfo(host[0] ? host : NULL, port, &hints, &list);
     if (e) return netchan__fail(NETCHAN_EADDR, "\"%.200s\" cannot be looked up: %s", text, gai_strerror(e));
     size_t count = 0;
     for (struct addrinfo *a = list; a && count < max; a = a->ai_next) {
         if (a->ai_addrlen > sizeof out->storage) continue;
         memcpy(&out[count].storage, a->ai_addr, a->ai_addrlen);
+        snprintf(out[count].host, sizeof host, "%s", host[0] ? host : "localhost");
         out[count++].size = a->ai_addrlen;
     }
     freeaddrinfo(list);
@@ -7762,7 +8213,7 @@ static bool netchan__flush_fd(int fd, netchan__buf *out) {
 }
 
 /* ====================================================================================================================
- * [17] The I/O loop: the one thread that calls poll(). It owns all connections: sockets, TLS streams, and the links
+ * [18] The I/O loop: the one thread that calls poll(). It owns all connections: sockets, TLS streams, and the links
  * that sessions see. What it shares with callers (endpoints, links, sessions) belongs to netchan__net_lock, which it
  * holds except while it waits, encrypts, decrypts and logs.
  * ================================================================================================================== */
@@ -7796,7 +8247,6 @@ struct netchan__conn {
     bool stranger;     /* it was not greeted yet */
     bool closing;      /* it has failed, and its last words are on the way */
     uint64_t deadline; /* nanoseconds; until it was greeted, or for the last words */
-    char reason[320];
 };
 
 /* One listen or dial. Net, unless said otherwise. */
@@ -7807,6 +8257,8 @@ struct netchan__endpoint {
     int fd;           /* listening; constant */
     netchan__address addresses[NETCHAN__ADDRESSES_MAX]; /* dialling; constant */
     size_t which, tried;    /* tried: since the last link */
+    size_t key, keys_tried; /* dialling: likewise of the shared keys */
+    char peer_name[256];    /* of the options; constant */
     netchan__conn *trial;   /* dialling: the connection that was not greeted yet. I/O thread */
     uint64_t next_dial;     /* nanoseconds */
     uint64_t next_accept;   /* likewise; 0: at any time */
@@ -7896,6 +8348,14 @@ static void netchan__redial(netchan__endpoint *e, const netchan__conn *c, uint64
     e->next_dial = c->wire.moved ? now : now + netchan__random() % (NETCHAN__BACKOFF_MIN_MS * (uint64_t)1000000);
 }
 
+/* Dialling: another one of several shared keys may be the right one. */
+static bool netchan__try_next_key(netchan__endpoint *e) {
+    size_t count = e->tls.key_count;
+    if (count < 2) return false;
+    e->key = (e->key + 1) % count;
+    return ++e->keys_tried % count != 0;
+}
+
 /* Who was not greeted goes: why is told. */
 static void netchan__turn_off(netchan__conn *c, const char *reason, bool fatal) {
     netchan__endpoint *e = c->endpoint;
@@ -7905,8 +8365,13 @@ static void netchan__turn_off(netchan__conn *c, const char *reason, bool fatal) 
     netchan__log(h, h->dials ? 1 : 0, "%s: no connection with %s: %s", e->address, c->wire.address, reason);
     if (!h->dials) return;
     snprintf(e->failure_text, sizeof e->failure_text, "%s", reason);
-    if (fatal && !h->was_up) e->failure = NETCHAN_EAUTH;
     e->trial = NULL;
+    if (fatal && netchan__try_next_key(e)) {
+        e->next_dial = 0;
+        netchan__io.next_tick = 0;
+        return;
+    }
+    if (fatal && !h->was_up) e->failure = NETCHAN_EAUTH;
     netchan__schedule_dial(e, netchan__now_ns());
 }
 
@@ -7934,7 +8399,8 @@ static netchan__conn *netchan__open_conn(netchan__endpoint *e, int fd, const net
                                          enum netchan__conn_state state) {
     netchan__conn *c = (netchan__conn *)netchan__alloc(sizeof *c);
     pthread_mutex_lock(&netchan__tls_lock);
-    int error = c ? netchan__stream_start(&c->stream, &e->tls) : MBEDTLS_ERR_SSL_ALLOC_FAILED;
+    const char *name = e->peer_name[0] ? e->peer_name : e->hub.dials ? a->host : NULL;
+    int error = c ? netchan__stream_start(&c->stream, &e->tls, e->key, name) : MBEDTLS_ERR_SSL_ALLOC_FAILED;
     if (error && c) netchan__stream_free(&c->stream);
     pthread_mutex_unlock(&netchan__tls_lock);
     if (error) {
@@ -7996,15 +8462,32 @@ static void netchan__accept_all(netchan__endpoint *e) {
     }
 }
 
-/* TLS is done: the greeting begins. */
-static void netchan__start_wire(netchan__conn *c, uint64_t now) {
+/* TLS is done: who is it, and is it welcome? Caller holds no lock. */
+static void netchan__identify(netchan__conn *c) {
+    netchan__stream *s = &c->stream;
     netchan__wire *w = &c->wire;
+    const netchan_options *o = &c->endpoint->hub.options;
+    memcpy(w->binding, s->binding, sizeof w->binding);
+    memcpy(w->identity, s->seen, sizeof w->identity);
+    if (s->key) memcpy(w->identity, s->key->id, sizeof s->key->id);
+    netchan__print_identity(s, w->identity_text);
+    memcpy(w->name, s->name, sizeof w->name);
+    netchan_identity who = {w->identity_text, w->name, w->address, c->endpoint->hub.dials};
+    if (s->untrusted || !o->allow || o->allow(o->allow_arg, &who)) return;
+    s->untrusted = true;
+    snprintf(s->reason, sizeof s->reason, "its identity \"%s\" is refused by options.allow", w->identity_text);
+}
+
+/* The greeting begins. */
+static void netchan__start_wire(netchan__conn *c, uint64_t now) {
+    char told[sizeof c->stream.reason];
     c->state = NETCHAN__SPEAKING;
-    memcpy(w->binding, c->stream.binding, sizeof w->binding);
-    memcpy(w->identity, c->stream.seen, sizeof w->identity);
-    if (c->stream.has_seen) netchan__print_fingerprint(c->stream.seen, w->identity_text);
-    else if (c->stream.tls->has_psk) snprintf(w->identity_text, sizeof w->identity_text, "shared_key");
-    netchan__wire_start(w, &c->endpoint->hub, now);
+    if (!c->stream.untrusted) {
+        netchan__wire_start(&c->wire, &c->endpoint->hub, now);
+        return;
+    }
+    netchan__tell_reason(&c->stream, told, sizeof told);
+    netchan__turn_away(&c->wire, &c->endpoint->hub, c->stream.reason, told);
 }
 
 /* The greeting may be over. */
@@ -8015,7 +8498,7 @@ static void netchan__note_up(netchan__conn *c) {
     e->strangers--;
     e->trial = NULL;
     e->failures = 0;
-    e->tried = 0;
+    e->tried = e->keys_tried = 0;
     netchan__io.next_tick = 0; /* its heartbeat begins */
 }
 
@@ -8057,6 +8540,7 @@ static int netchan__conn_decrypt(netchan__conn *c) {
         int n = netchan__conn_step(c);
         if (n == MBEDTLS_ERR_SSL_WANT_READ) return 0;
         if (n < 0) return n;
+        if (c->state == NETCHAN__HANDSHAKING) netchan__identify(c);
         uint64_t now = netchan__now_ns();
         pthread_mutex_lock(&netchan__net_lock);
         if (c->state == NETCHAN__HANDSHAKING) netchan__start_wire(c, now);
@@ -8078,14 +8562,15 @@ static bool netchan__conn_read(netchan__conn *c, bool *fatal) {
         if (n < 0 && errno == EINTR) continue;
         if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return true;
         if (n <= 0) {
-            snprintf(c->reason, sizeof c->reason, "%s", n == 0 ? "it closed the connection" : strerror(errno));
+            snprintf(c->stream.reason, sizeof c->stream.reason, "%s",
+                     n == 0 ? "it closed the connection" : strerror(errno));
             return false;
         }
         c->stream.in = netchan__io.cipher;
         c->stream.in_left = (size_t)n;
         int error = netchan__conn_decrypt(c);
         if (error) {
-            *fatal = netchan__explain(&c->stream, error, c->reason, sizeof c->reason);
+            *fatal = netchan__explain(&c->stream, error);
             netchan__flush_fd(c->fd, &c->stream.out); /* the alert, so that the other side learns why */
             return false;
         }
@@ -8101,7 +8586,7 @@ static bool netchan__conn_connected(netchan__conn *c) {
     int error = 0;
     socklen_t size = sizeof error;
     if (getsockopt(c->fd, SOL_SOCKET, SO_ERROR, &error, &size) || error) {
-        snprintf(c->reason, sizeof c->reason, "%s", strerror(error ? error : errno));
+        snprintf(c->stream.reason, sizeof c->stream.reason, "%s", strerror(error ? error : errno));
         return false;
     }
     c->state = NETCHAN__HANDSHAKING;
@@ -8116,14 +8601,14 @@ static bool netchan__close_failed(netchan__conn *c, uint64_t now) {
     if (!c->closing) {
         c->closing = true;
         c->deadline = netchan__after(now, NETCHAN__FLUSH_MS);
-        snprintf(c->reason, sizeof c->reason, "%s", w->failure);
+        snprintf(c->stream.reason, sizeof c->stream.reason, "%s", w->failure);
     }
     bool flushed = !w->flush || (netchan__wire_idle(w) && !netchan__buf_size(&c->stream.out));
     if (!flushed && now < c->deadline) {
         netchan__tick_before(c->deadline);
         return false;
     }
-    netchan__close_conn(c, c->reason, false);
+    netchan__close_conn(c, c->stream.reason, w->final);
     return true;
 }
 
@@ -8143,10 +8628,10 @@ static void netchan__conn_ready(netchan__conn *c, short events) {
     netchan__io_unlock();
     if (alive && !netchan__conn_write(c)) {
         alive = false;
-        snprintf(c->reason, sizeof c->reason, "the connection broke");
+        snprintf(c->stream.reason, sizeof c->stream.reason, "the connection broke");
     }
     pthread_mutex_lock(&netchan__net_lock);
-    if (!netchan__close_failed(c, netchan__now_ns()) && !alive) netchan__close_conn(c, c->reason, fatal);
+    if (!netchan__close_failed(c, netchan__now_ns()) && !alive) netchan__close_conn(c, c->stream.reason, fatal);
     netchan__io_unlock();
 }
 
@@ -8375,7 +8860,7 @@ static void netchan__io_stop(void) {
 }
 
 /* ====================================================================================================================
- * [18] Links: listen, dial, hang up. Net.
+ * [19] Links: listen, dial, hang up. Net.
  * ================================================================================================================== */
 
 /* A fork is another process. Caller holds netchan__tls_lock; the first link waits for this, so that nobody reads while
@@ -8399,6 +8884,25 @@ static void netchan__free_endpoint(netchan__endpoint *e) {
     NETCHAN_FREE(e);
 }
 
+/* What options say about trust; nothing is kept of their texts. */
+static int netchan__set_up_tls(netchan__endpoint *e) {
+    netchan_options *o = &e->hub.options;
+    netchan__texts texts;
+    memset(&texts, 0, sizeof texts);
+    int result = netchan__check_trust(o);
+    if (result == NETCHAN_OK) result = netchan__read_texts(o, &texts);
+    if (result == NETCHAN_OK) {
+        pthread_mutex_lock(&netchan__tls_lock);
+        result = netchan__tls_make(&e->tls, &texts, e->hub.dials);
+        if (result == NETCHAN_OK) result = netchan__name_process();
+        pthread_mutex_unlock(&netchan__tls_lock);
+    }
+    netchan__texts_free(&texts);
+    if (o->peer_name) snprintf(e->peer_name, sizeof e->peer_name, "%s", o->peer_name);
+    o->shared_key = o->pin = o->ca = o->cert = o->cert_key = o->peer_name = NULL;
+    return result;
+}
+
 /* What listen and dial have in common: everything but the sockets. */
 static netchan__endpoint *netchan__make_endpoint(const netchan_options *options, bool dials) {
     netchan__endpoint *e = (netchan__endpoint *)netchan__alloc(sizeof *e);
@@ -8410,12 +8914,7 @@ static netchan__endpoint *netchan__make_endpoint(const netchan_options *options,
     e->hub.link.address = e->address;
     netchan__cond_init(&e->changed);
     int result = netchan__hub_make(&e->hub, options, dials);
-    if (result == NETCHAN_OK) {
-        pthread_mutex_lock(&netchan__tls_lock);
-        result = netchan__tls_make(&e->tls, &e->hub.options, dials);
-        if (result == NETCHAN_OK) result = netchan__name_process();
-        pthread_mutex_unlock(&netchan__tls_lock);
-    }
+    if (result == NETCHAN_OK) result = netchan__set_up_tls(e);
     if (result == NETCHAN_OK) return e;
     netchan__free_endpoint(e);
     return NULL;

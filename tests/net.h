@@ -3,6 +3,7 @@
 #ifndef NETCHAN_TEST_NET_H
 #define NETCHAN_TEST_NET_H
 
+#include <mbedtls/pem.h>
 #include <poll.h>
 #include <sched.h>
 
@@ -52,6 +53,28 @@ static inline void hang_up(netchan_link *link) {
     CHECK_INT(netchan_hangup(link, &report), NETCHAN_OK);
     CHECK_INT(report.undelivered, 0);
     CHECK_INT(report.unknown, 0);
+}
+
+/* Who somebody is: a certificate and its key as PEM text, and the fingerprint. */
+typedef struct identity {
+    char cert[2048], key[2048], pin[NETCHAN_FINGERPRINT_SIZE];
+} identity;
+
+static inline void make_identity(identity *id) {
+    mbedtls_x509_crt cert;
+    mbedtls_pk_context key;
+    size_t size;
+    mbedtls_x509_crt_init(&cert);
+    mbedtls_pk_init(&key);
+    CHECK_INT(psa_crypto_init(), PSA_SUCCESS);
+    CHECK_INT(netchan__make_cert(&key, &cert), 0);
+    int e = mbedtls_pem_write_buffer("-----BEGIN CERTIFICATE-----\n", "-----END CERTIFICATE-----\n", cert.raw.p,
+                                     cert.raw.len, (unsigned char *)id->cert, sizeof id->cert, &size);
+    CHECK_INT(e, 0);
+    CHECK_INT(mbedtls_pk_write_key_pem(&key, (unsigned char *)id->key, sizeof id->key), 0);
+    CHECK_INT(netchan_fingerprint(id->cert, id->pin, sizeof id->pin), NETCHAN_OK);
+    mbedtls_x509_crt_free(&cert);
+    mbedtls_pk_free(&key);
 }
 
 /* One listener and one dialler. */

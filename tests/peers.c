@@ -8,7 +8,6 @@
 #include "task.h"
 #include "net.h"
 
-#include <mbedtls/pem.h>
 
 enum { MIB = 1 << 20, SOON_LOST = 150 /* ms without a link */ };
 
@@ -64,7 +63,8 @@ typedef struct guest {
 static guest guest_of(netchan_value shown) {
     guest g;
     CHECK_INT(shown.type, NETCHAN_MAP);
-    CHECK_INT(netchan_count(&shown), 5);
+    CHECK_INT(netchan_count(&shown), 6);
+    CHECK_INT(netchan_get(&shown, "name")->type, NETCHAN_STR);
     CHECK_INT(netchan_get(&shown, "peer")->type, NETCHAN_UINT);
     CHECK_INT(netchan_get(&shown, "send")->type, NETCHAN_SENDER);
     CHECK_INT(netchan_get(&shown, "recv")->type, NETCHAN_RECEIVER);
@@ -109,6 +109,8 @@ static void test_accept_shows_each_peer_once(void) {
     enum { COUNT = 5 };
     party p = make_party(3, 0, 0);
     guest g[COUNT];
+    char id[NETCHAN_KEY_ID_SIZE];
+    CHECK_INT(netchan_key_id(KEY, id, sizeof id), NETCHAN_OK);
     g[0] = accept_guest(p.l);
     invite(&p, COUNT - 3, 0); /* more come in between */
     long long start = test_ms();
@@ -117,7 +119,7 @@ static void test_accept_shows_each_peer_once(void) {
     check_nobody_new(p.l);
     for (size_t i = 0; i < COUNT; i++) {
         CHECK_INT(g[i].peer.id, p.peer[i].id);
-        CHECK_STR(text_of(&g[i].shown, "identity"), "shared_key");
+        CHECK_STR(text_of(&g[i].shown, "identity"), id);
         CHECK(!p.d[i]->accept);
         for (size_t n = 0; n < i; n++) CHECK(g[n].send != g[i].send && g[n].recv != g[i].recv);
     }
@@ -475,28 +477,6 @@ static void test_own_channels_after_the_listener_hung_up(void) {
     leave(&g);
     hang_up(p.d[0]);
     CHECK_INT(alloc_blocks(), 0);
-}
-
-/* Who somebody is: a certificate and its key as PEM text, and the fingerprint. */
-typedef struct identity {
-    char cert[2048], key[2048], pin[NETCHAN_FINGERPRINT_SIZE];
-} identity;
-
-static void make_identity(identity *id) {
-    netchan__tls t;
-    memset(&t, 0, sizeof t);
-    mbedtls_x509_crt_init(&t.cert);
-    mbedtls_pk_init(&t.key);
-    CHECK_INT(psa_crypto_init(), PSA_SUCCESS);
-    CHECK_INT(netchan__make_cert(&t), 0);
-    size_t size;
-    int e = mbedtls_pem_write_buffer("-----BEGIN CERTIFICATE-----\n", "-----END CERTIFICATE-----\n", t.cert.raw.p,
-                                     t.cert.raw.len, (unsigned char *)id->cert, sizeof id->cert, &size);
-    CHECK_INT(e, 0);
-    CHECK_INT(mbedtls_pk_write_key_pem(&t.key, (unsigned char *)id->key, sizeof id->key), 0);
-    CHECK_INT(netchan_fingerprint(id->cert, id->pin, sizeof id->pin), NETCHAN_OK);
-    mbedtls_x509_crt_free(&t.cert);
-    mbedtls_pk_free(&t.key);
 }
 
 /* With pins the identity is the fingerprint of what the peer has shown, also after the link was replaced. */

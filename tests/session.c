@@ -1418,7 +1418,7 @@ static void test_lies_in_the_greeting(void) {
         if (i == 8) put_frame(&t, 0x7f, NULL, 0, NULL, 0), why = "greeting";
         if (i == 9) put_frame(&t, NETCHAN__ACK, NULL, 0, "\0", 1), why = "greeting";
         if (i == 10) put_frame(&t, NETCHAN__RESUMED, NULL, 0, "\0........", 9), why = "greeting";
-        if (i == 11) put_frame(&t, NETCHAN__REFUSED, NULL, 0, "no", 2), why = "greeting";
+        if (i == 11) put_frame(&t, NETCHAN__REFUSED, NULL, 0, "\1no", 3), why = "it said: no";
         put_frame(&t, NETCHAN__HELLO, NULL, 0, body, size);
         forge(&w, &w.l, &t);
         check_complaint(&w, &w.l, why, "case");
@@ -1450,7 +1450,7 @@ static void test_lies_to_who_waits_for_a_greeting(void) {
         if (i == 1) put_frame(&t, NETCHAN__RESUMED, NULL, 0, "\0................................", 33), why = "go on";
         if (i == 2) put_frame(&t, NETCHAN__HELLO, NULL, 0, hello, sizeof hello - 2), why = "not whole";
         if (i == 3) put_frame(&t, NETCHAN__ACCEPT, (uint64_t[]){1, 0}, 2, NULL, 0), why = "greeting";
-        if (i == 4) put_frame(&t, NETCHAN__REFUSED, NULL, 0, "go\n a\33[2Jway\377", 13), why = "it said: go? a?[2Jway?";
+        if (i == 4) put_frame(&t, NETCHAN__REFUSED, NULL, 0, "\0go\n a\33[2Jway\377", 14), why = "it said: go? a?[2Jway?";
         if (i == 5) put_frame(&t, NETCHAN__HELLO, NULL, 0, hello, sizeof hello - 1), why = "version 1";
         if (i == 6) put_frame(&t, NETCHAN__RESUMED, NULL, 0, "\0................................", 33), why = "go on";
         if (i == 7) put_frame(&t, NETCHAN__RESUMED, NULL, 0, "\0", 1), why = "go on";
@@ -2407,10 +2407,11 @@ static void check_refused(world *w, cable *c, const char *why) {
     ship(w, &w->l);
     const pipeline *p = &c->to[DIALLER];
     const uint8_t *data = p->data ? p->data + p->start : &zero;
-    CHECK_INT(pipe_size(p), strlen(why) + 2);
-    CHECK_INT(data[0], strlen(why) + 1);
+    CHECK_INT(pipe_size(p), strlen(why) + 3);
+    CHECK_INT(data[0], strlen(why) + 2);
     CHECK_INT(data[1], NETCHAN__REFUSED);
-    CHECK(memcmp(data + 2, why, strlen(why)) == 0);
+    CHECK_INT(data[2], 0);
+    CHECK(memcmp(data + 3, why, strlen(why)) == 0);
     drop_bytes(&c->to[DIALLER]);
     if (strcmp(why, UNKNOWN_SESSION) == 0 && !c->asked) { /* a HELLO may follow; another question may not */
         CHECK(!netchan__wire_over(&c->wire[LISTENER]));
