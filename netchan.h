@@ -127,7 +127,8 @@
  *   unsigned LEB128 of at most 10 bytes, the shortest form not required.
  *
  *   With a shared key the external PSK is SHA-256("netchan/1 shared key" NUL key), its mode psk_dhe_ke only, and its
- *   identity "shared_key:" and, in hexadecimal, the first 8 bytes of SHA-256("netchan/1 key id" NUL key).
+ *   identity "shared_key:" and, in hexadecimal, the first 8 bytes of SHA-256("netchan/1 key id" NUL key). Its hash is
+ *   SHA-256, so the cipher suite is TLS_CHACHA20_POLY1305_SHA256 or TLS_AES_128_GCM_SHA256.
  *
  *   Values: one tag byte, then its payload. LEN is a varint that counts the payload bytes after it.
  *     00..3f int 0..63            82 true                   87 bytes: LEN, bytes           8c i64 array: LEN, items
@@ -525,7 +526,7 @@ NETCHANDEF int netchan_select(netchan_case *cases, size_t count, int timeout_ms)
 
 /* Who is at the other end of a connection. */
 typedef struct netchan_identity {
-    const char *identity; /* "sha256:..." of its key, see netchan_fingerprint(); "shared_key:...", see netchan_key_id() */
+    const char *identity; /* "sha256:..." of its key, or "shared_key:...": netchan_fingerprint(), netchan_key_id() */
     const char *name;     /* the subject of its certificate, as "CN=alice, O=example"; only a CA vouches for it. "" when
                              there is none, or when it is longer than 255 bytes */
     const char *address;  /* "host:port": where it comes from, or was dialled */
@@ -687,7 +688,8 @@ NETCHANDEF int netchan_get_stats(netchan_link *link, netchan_stats *stats);
  * EINVAL, or ENET when the system gives no randomness. */
 NETCHANDEF int netchan_keygen(char *out, size_t size);
 /* The id of a shared key (as text, or "file:PATH"; the first if there are several): "shared_key:<16 hex digits>", the
- * `identity` of a peer with that key. It is no secret. size must be at least NETCHAN_KEY_ID_SIZE. Returns OK, EINVAL when it cannot be read, EAUTH when the key can be guessed, or ENOMEM. */
+ * `identity` of a peer with that key. It is no secret. size must be at least NETCHAN_KEY_ID_SIZE. Returns OK, EINVAL
+ * when it cannot be read, EAUTH when the key can be guessed, or ENOMEM. */
 NETCHANDEF int netchan_key_id(const char *shared_key, char *out, size_t size);
 /* The fingerprint of a certificate (a path, or PEM text), to be given to the other side as its pin. size must be at
  * least NETCHAN_FINGERPRINT_SIZE. Returns OK, EINVAL when it cannot be read, or ENOMEM. */
@@ -942,11 +944,15 @@ typedef struct netchan__map {
 static uint64_t netchan__map_seed; /* random, set before the first link: a peer chooses keys, but not who collides */
 
 /* The finaliser of splitmix64 (Steele, Lea, Flood 2014). */
-static size_t netchan__map_home(const netchan__map *m, uint64_t key) {
+static uint64_t netchan__hash(uint64_t key) {
     key ^= netchan__map_seed;
     key = (key ^ (key >> 30)) * 0xBF58476D1CE4E5B9u;
     key = (key ^ (key >> 27)) * 0x94D049BB133111EBu;
-    return (size_t)(key ^ (key >> 31)) & (m->cap - 1);
+    return key ^ (key >> 31);
+}
+
+static size_t netchan__map_home(const netchan__map *m, uint64_t key) {
+    return (size_t)netchan__hash(key) & (m->cap - 1);
 }
 
 static void *netchan__map_get(const netchan__map *m, uint64_t key) {
@@ -7974,7 +7980,6 @@ static bool netchan__explain(netchan__stream *s, int error) {
     case MBEDTLS_ERR_SSL_INVALID_RECORD: case MBEDTLS_ERR_SSL_UNEXPECTED_MESSAGE:
     case MBEDTLS_ERR_SSL_UNEXPECTED_RECORD:
         reason = "it does not speak TLS";
-        final = false;
         break;
     case MBEDTLS_ERR_SSL_CONN_EOF: case MBEDTLS_ERR_SSL_PEER_CLOSE_NOTIFY:
         reason = "it closed the connection";
@@ -8060,7 +8065,8 @@ static int netchan__fail_address(const char *text) {
                          text ? text : "(NULL)");
 }
 
-/* "host:port", "[ipv6]:port", ":port" -> host, of at least 256 bytes, and *port, the end of text. Returns OK or EINVAL. */
+/* "host:port", "[ipv6]:port", ":port" -> host, of at least 256 bytes, and *port, the end of text. Returns OK or
+ * EINVAL. */
 static int netchan__split_address(const char *text, char *host, const char **port) {
     const char *colon = text ? strrchr(text, ':') : NULL, *begin = text;
     size_t length = colon ? (size_t)(colon - text) : 0;
@@ -8215,14 +8221,31 @@ static bool netchan__flush_fd(int fd, netchan__buf *out) {
 /* ====================================================================================================================
  * [18] The I/O loop: the one thread that calls poll(). It owns all connections: sockets, TLS streams, and the links
  * that sessions see. What it shares with callers (endpoints, links, sessions) belongs to netchan__net_lock, which it
- * holds except while it waits, encrypts, decrypts and logs.
+ * holds except while it waits, encrypts, decrypts, logs and asks options.allow.
+ *
+ * A stranger is a connection that was not greeted yet. Invariants.
+ *   L1  A listener has at most NETCHAN__HANDSHAKES_MAX strangers, each of them for NETCHAN__HANDSHAKE_MS at most. When
+ *       all places are taken, those that were there for NETCHAN__STALL_MS give way, and others wait in the kernel.
+ *   L2  Under pressure, which is many strangers or many failures, an address whose handshakes fail has a burst of tries
+ *       and then a few a second, and strangers get a quarter of this thread's time. Who succeeds costs nobody a try, so
+ *       that a thousand peers may come back at once.
+ *   L3  Strangers are told of as events so many a second, and never in place of other events.
  * ================================================================================================================== */
 
 enum {
     NETCHAN__CHUNK = 65536,            /* bytes read from a socket at a time */
     NETCHAN__CIPHER_HIGH = 4 * 16384,  /* encrypted bytes that may wait for a socket */
-    NETCHAN__HANDSHAKES_MAX = 256,     /* strangers at a time, for each listener */
+    NETCHAN__HANDSHAKES_MAX = 256,
     NETCHAN__HANDSHAKE_MS = 10000,
+    NETCHAN__STALL_MS = 1000,          /* three times what a handshake takes over a satellite */
+    NETCHAN__PRESSURE = 64,            /* strangers, or failures in a burst; then as many as NETCHAN__FAIL_MS tells */
+    NETCHAN__FAIL_MS = 20,
+    NETCHAN__TRIES = 16,               /* of one address in a burst; then one in NETCHAN__TRY_MS */
+    NETCHAN__TRY_MS = 250,
+    NETCHAN__TELL = 32,                /* events about strangers in a burst; then one in NETCHAN__TELL_MS */
+    NETCHAN__TELL_MS = 250,
+    NETCHAN__ORIGINS = 256,            /* addresses whose failures are remembered */
+    NETCHAN__SLICE_US = 2000,          /* of strangers at a time, then the others have their turn */
     NETCHAN__FLUSH_MS = 1000,          /* for the last words to who is turned away */
     NETCHAN__ACCEPT_PAUSE_MS = 100,    /* when there are no descriptors left, or the like */
     NETCHAN__CHECK_MS = 500,
@@ -8244,6 +8267,8 @@ struct netchan__conn {
     netchan__stream stream;
     enum netchan__conn_state state;
     int fd;
+    uint64_t origin, since;        /* since: nanoseconds */
+    netchan__conn *newer, *older;  /* of the endpoint's strangers */
     bool stranger;     /* it was not greeted yet */
     bool closing;      /* it has failed, and its last words are on the way */
     uint64_t deadline; /* nanoseconds; until it was greeted, or for the last words */
@@ -8266,6 +8291,10 @@ struct netchan__endpoint {
     int failure;            /* dialling: why the first connection is given up */
     char failure_text[320]; /* the last reason why there was no connection */
     size_t conns, strangers;
+    netchan__conn *newest, *oldest; /* of strangers. I/O thread */
+    uint64_t failed, told;  /* listening: buckets of handshakes that failed, and of events about them */
+    size_t untold;          /* strangers that were turned away and not told of */
+    char stranger[80];      /* the last one's address; why is in failure_text */
     bool stopping, gone;
     pthread_cond_t changed; /* with netchan__net_lock */
     char address[300];
@@ -8291,6 +8320,10 @@ static struct netchan__io_state {
     struct pollfd *polls;
     netchan__watched *watched; /* what polls[i] stands for */
     size_t poll_room;
+    struct {
+        uint64_t origin, failed; /* the bucket of its handshakes that failed */
+    } origins[NETCHAN__ORIGINS];
+    uint64_t strangers_from; /* nanoseconds; strangers wait until then */
     uint8_t cipher[NETCHAN__CHUNK], plain[NETCHAN__FRAME_MAX];
 } netchan__io;
 
@@ -8324,6 +8357,92 @@ static void netchan__write_logs(void) {
 }
 
 /* ---- Connections. Caller holds netchan__net_lock. ---- */
+
+/* A bucket (the generic cell rate algorithm of ITU-T I.371) is the time at which it will be empty, if each drop takes
+ * each_ms to leak. */
+static bool netchan__bucket_full(uint64_t bucket, uint64_t now, unsigned drops, unsigned each_ms) {
+    return bucket > netchan__after(now, (uint64_t)drops * each_ms);
+}
+
+static void netchan__bucket_add(uint64_t *bucket, uint64_t now, unsigned drops, unsigned each_ms) {
+    if (*bucket < now) *bucket = now;
+    if (!netchan__bucket_full(*bucket, now, drops, each_ms)) *bucket = netchan__after(*bucket, each_ms);
+}
+
+/* A number for who has the address: of IPv6 the first half, which is what one customer has. */
+static uint64_t netchan__origin_of(const netchan__address *a) {
+    static const uint8_t mapped[12] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 255, 255}; /* IPv4 on an IPv6 socket */
+    const struct sockaddr_in *v4 = (const struct sockaddr_in *)(const void *)&a->storage;
+    const struct sockaddr_in6 *v6 = (const struct sockaddr_in6 *)(const void *)&a->storage;
+    uint8_t half[8] = {0};
+    if (a->storage.ss_family == AF_INET) memcpy(half, &v4->sin_addr, 4);
+    else if (!memcmp(&v6->sin6_addr, mapped, 12)) memcpy(half, (const uint8_t *)&v6->sin6_addr + 12, 4);
+    else memcpy(half, &v6->sin6_addr, 8);
+    return netchan__hash(netchan__load(half, 8));
+}
+
+static uint64_t *netchan__failures_of(uint64_t origin) {
+    size_t i = (size_t)(origin % NETCHAN__ORIGINS);
+    if (netchan__io.origins[i].origin != origin) { /* another one's are forgotten */
+        netchan__io.origins[i].origin = origin;
+        netchan__io.origins[i].failed = 0;
+    }
+    return &netchan__io.origins[i].failed;
+}
+
+static bool netchan__under_pressure(const netchan__endpoint *e, uint64_t now) {
+    return e->strangers >= NETCHAN__PRESSURE ||
+           netchan__bucket_full(e->failed, now, NETCHAN__PRESSURE, NETCHAN__FAIL_MS);
+}
+
+static void netchan__note_failure(netchan__endpoint *e, uint64_t origin, uint64_t now) {
+    netchan__bucket_add(&e->failed, now, NETCHAN__PRESSURE, NETCHAN__FAIL_MS);
+    netchan__bucket_add(netchan__failures_of(origin), now, NETCHAN__TRIES, NETCHAN__TRY_MS);
+}
+
+/* Tells of strangers that were turned away (L3); of those that came too quickly later, together. */
+static void netchan__tell_rejected(netchan__endpoint *e, uint64_t now) {
+    netchan__hub *h = &e->hub;
+    if (!e->untold || h->link.events->lane.count >= NETCHAN__EVENTS_MAX / 2) return;
+    if (netchan__bucket_full(e->told, now, NETCHAN__TELL, NETCHAN__TELL_MS)) {
+        netchan__tick_before(netchan__after(now, NETCHAN__TELL_MS));
+        return;
+    }
+    netchan__news n = netchan__begin_event("rejected", 0, e->stranger, e->failure_text);
+    if (e->untold > 1) netchan__add(&n, "count", netchan_uint(e->untold));
+    netchan__event(h, n);
+    netchan__log(h, 0, "%s: no connection with %s: %s", e->address, e->stranger, e->failure_text);
+    netchan__bucket_add(&e->told, now, NETCHAN__TELL, NETCHAN__TELL_MS);
+    e->untold = 0;
+}
+
+static void netchan__reject(netchan__endpoint *e, const char *address, const char *reason, uint64_t now) {
+    if (e->stopping) return;
+    snprintf(e->stranger, sizeof e->stranger, "%s", address);
+    snprintf(e->failure_text, sizeof e->failure_text, "%s", reason);
+    e->untold++;
+    netchan__tell_rejected(e, now);
+}
+
+static void netchan__add_stranger(netchan__conn *c) {
+    netchan__endpoint *e = c->endpoint;
+    c->stranger = true;
+    c->older = e->newest;
+    if (e->newest) e->newest->newer = c;
+    else e->oldest = c;
+    e->newest = c;
+    e->strangers++;
+}
+
+static void netchan__remove_stranger(netchan__conn *c) {
+    netchan__endpoint *e = c->endpoint;
+    if (c->newer) c->newer->older = c->older;
+    else e->newest = c->older;
+    if (c->older) c->older->newer = c->newer;
+    else e->oldest = c->newer;
+    c->stranger = false;
+    e->strangers--;
+}
 
 /* Dialling: when to try next, and where: the next address at once, after the last one a pause. */
 static void netchan__schedule_dial(netchan__endpoint *e, uint64_t now) {
@@ -8360,10 +8479,14 @@ static bool netchan__try_next_key(netchan__endpoint *e) {
 static void netchan__turn_off(netchan__conn *c, const char *reason, bool fatal) {
     netchan__endpoint *e = c->endpoint;
     netchan__hub *h = &e->hub;
-    e->strangers--;
-    if (!h->dials && !e->stopping) netchan__event(h, netchan__begin_event("rejected", 0, c->wire.address, reason));
-    netchan__log(h, h->dials ? 1 : 0, "%s: no connection with %s: %s", e->address, c->wire.address, reason);
-    if (!h->dials) return;
+    uint64_t now = netchan__now_ns();
+    netchan__remove_stranger(c);
+    if (!h->dials) {
+        if (c->state != NETCHAN__SPEAKING || c->stream.untrusted) netchan__note_failure(e, c->origin, now);
+        netchan__reject(e, c->wire.address, reason, now);
+        return;
+    }
+    netchan__log(h, 1, "%s: no connection with %s: %s", e->address, c->wire.address, reason);
     snprintf(e->failure_text, sizeof e->failure_text, "%s", reason);
     e->trial = NULL;
     if (fatal && netchan__try_next_key(e)) {
@@ -8372,7 +8495,7 @@ static void netchan__turn_off(netchan__conn *c, const char *reason, bool fatal) 
         return;
     }
     if (fatal && !h->was_up) e->failure = NETCHAN_EAUTH;
-    netchan__schedule_dial(e, netchan__now_ns());
+    netchan__schedule_dial(e, now);
 }
 
 /* The connection is over; reason is the end of a sentence about the other side. fatal: trying again is no use. */
@@ -8415,10 +8538,11 @@ static netchan__conn *netchan__open_conn(netchan__endpoint *e, int fd, const net
     c->endpoint = e;
     c->fd = fd;
     c->state = state;
-    c->stranger = true;
-    c->deadline = netchan__after(netchan__now_ns(), NETCHAN__HANDSHAKE_MS);
+    c->since = netchan__now_ns();
+    c->deadline = netchan__after(c->since, NETCHAN__HANDSHAKE_MS);
+    c->origin = netchan__origin_of(a);
     NETCHAN__LINK(netchan__io.conns, c, prev, next);
-    e->strangers++;
+    netchan__add_stranger(c);
     e->conns++;
     netchan__io.next_tick = 0;
     return c;
@@ -8438,27 +8562,61 @@ static void netchan__dial_now(netchan__endpoint *e, uint64_t now) {
     if (!e->trial) netchan__schedule_dial(e, now);
 }
 
+/* Whether there is a place for one more stranger (L1). If not, who has stalled gives way at the next tick. */
+static bool netchan__has_place(netchan__endpoint *e, uint64_t now) {
+    if (e->strangers < NETCHAN__HANDSHAKES_MAX) return true;
+    for (netchan__conn *c = e->oldest; c; c = c->newer) {
+        uint64_t stalled = netchan__after(c->since, NETCHAN__STALL_MS);
+        if (stalled > now) {
+            netchan__tick_before(stalled);
+            return false;
+        }
+        if (c->deadline <= now || c->closing) continue;
+        c->deadline = now;
+        netchan__io.next_tick = 0;
+    }
+    return false;
+}
+
+/* Ends a connection of which nothing was read, without a trace in the kernel. */
+static void netchan__slam(int fd) {
+    struct linger now = {1, 0};
+    setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof now);
+    close(fd);
+}
+
+/* Who came is let in, or turned away at the door. */
+static void netchan__admit(netchan__endpoint *e, int fd, const netchan__address *a, uint64_t now) {
+    const char *why = NULL;
+    char address[80];
+    if (netchan__under_pressure(e, now) &&
+        netchan__bucket_full(*netchan__failures_of(netchan__origin_of(a)), now, NETCHAN__TRIES - 1, NETCHAN__TRY_MS))
+        why = "too many handshakes from its address have failed";
+    else if (!netchan__prepare_fd(fd)) why = "its socket cannot be used";
+    if (!why) {
+        netchan__open_conn(e, fd, a, NETCHAN__HANDSHAKING);
+        return;
+    }
+    netchan__print_address(a, address, sizeof address);
+    netchan__slam(fd);
+    netchan__reject(e, address, why, now);
+}
+
 static void netchan__accept_all(netchan__endpoint *e) {
-    for (int i = 0; i < 64; i++) { /* then the others have their turn */
+    uint64_t now = netchan__now_ns();
+    for (int i = 0; i < 16 && netchan__has_place(e, now); i++) { /* then the others have their turn */
         netchan__address a;
         a.size = sizeof a.storage;
         int fd = accept(e->fd, (struct sockaddr *)(void *)&a.storage, &a.size);
-        if (fd < 0) {
-            if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR || errno == ECONNABORTED) return;
-            netchan__log(&e->hub, 0, "%s: cannot accept: %s", e->address, strerror(errno));
-            e->next_accept = netchan__after(netchan__now_ns(), NETCHAN__ACCEPT_PAUSE_MS);
-            netchan__io.next_tick = 0;
-            return;
+        if (fd >= 0) {
+            netchan__admit(e, fd, &a, now);
+            continue;
         }
-        const char *full = e->strangers >= NETCHAN__HANDSHAKES_MAX ? "too many strangers at once"
-                           : !netchan__prepare_fd(fd) ? "its socket cannot be used"
-                                                      : NULL;
-        if (full) {
-            char address[80];
-            netchan__print_address(&a, address, sizeof address);
-            netchan__event(&e->hub, netchan__begin_event("rejected", 0, address, full));
-            close(fd);
-        } else netchan__open_conn(e, fd, &a, NETCHAN__HANDSHAKING);
+        if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR || errno == ECONNABORTED) return;
+        netchan__log(&e->hub, 0, "%s: cannot accept: %s", e->address, strerror(errno));
+        e->next_accept = netchan__after(now, NETCHAN__ACCEPT_PAUSE_MS);
+        netchan__io.next_tick = 0;
+        return;
     }
 }
 
@@ -8494,8 +8652,7 @@ static void netchan__start_wire(netchan__conn *c, uint64_t now) {
 static void netchan__note_up(netchan__conn *c) {
     netchan__endpoint *e = c->endpoint;
     if (!c->stranger || !c->wire.up) return;
-    c->stranger = false;
-    e->strangers--;
+    netchan__remove_stranger(c);
     e->trial = NULL;
     e->failures = 0;
     e->tried = e->keys_tried = 0;
@@ -8660,6 +8817,7 @@ static void netchan__tick_conn(netchan__conn *c, uint64_t now) {
 static void netchan__tick_endpoint(netchan__endpoint *e, uint64_t now) {
     if (e->stopping) netchan__hub_stop(&e->hub); /* a greeting may have ended meanwhile */
     netchan__tick_before(netchan__hub_tick(&e->hub, now));
+    netchan__tell_rejected(e, now);
     if (e->next_accept && now >= e->next_accept) e->next_accept = 0;
     if (e->next_accept) netchan__tick_before(e->next_accept);
     if (!netchan__hub_wants_wire(&e->hub) || e->stopping || e->trial || e->failure) return;
@@ -8719,24 +8877,28 @@ static void netchan__poll_add(size_t i, int fd, short events, netchan__conn *c, 
 }
 
 /* Who hangs up leaves strangers to its successor, unless one of them may be a peer that comes back. */
-static bool netchan__accepts(const netchan__endpoint *e) {
+static bool netchan__accepts(netchan__endpoint *e, uint64_t now) {
     const netchan__hub *h = &e->hub;
-    return !h->dials && !e->stopping && !e->next_accept && (!h->hanging_up || h->peers);
+    bool open = !h->dials && !e->stopping && !e->next_accept && (!h->hanging_up || h->peers);
+    return open && netchan__has_place(e, now);
 }
 
 /* Fills the arrays for poll(); when memory is short, as far as they go. Returns how many. */
 static size_t netchan__collect_polls(void) {
     size_t count = 1, n = 0;
+    uint64_t now = netchan__now_ns();
+    if (now < netchan__io.strangers_from) netchan__tick_before(netchan__io.strangers_from);
     for (netchan__conn *c = netchan__io.conns; c; c = c->next) count++;
     for (netchan__endpoint *e = netchan__io.endpoints; e; e = e->next) count++;
     if (!netchan__poll_room(count)) count = netchan__io.poll_room;
     netchan__poll_add(n++, netchan__io.wake_read, POLLIN, NULL, NULL);
     for (netchan__endpoint *e = netchan__io.endpoints; e && n < count; e = e->next)
-        if (netchan__accepts(e)) netchan__poll_add(n++, e->fd, POLLIN, NULL, e);
+        if (netchan__accepts(e, now)) netchan__poll_add(n++, e->fd, POLLIN, NULL, e);
     for (netchan__conn *c = netchan__io.conns; c && n < count; c = c->next) {
         bool writes = c->state == NETCHAN__CONNECTING || netchan__buf_size(&c->stream.out);
         bool reads = c->state != NETCHAN__CONNECTING && !c->closing;
-        int fd = c->wire.paused ? -1 : c->fd; /* not even its end is news then */
+        bool waits = c->wire.paused || (c->stranger && now < netchan__io.strangers_from);
+        int fd = waits ? -1 : c->fd; /* not even its end is news then */
         netchan__poll_add(n++, fd, (short)((reads ? POLLIN : 0) | (writes ? POLLOUT : 0)), c, NULL);
     }
     return n;
@@ -8758,6 +8920,37 @@ static void netchan__send_pending(void) {
         netchan__io_unlock();
         netchan__conn_ready(c, 0);
         pthread_mutex_lock(&netchan__net_lock);
+    }
+}
+
+/* A stranger has news. Under pressure strangers wait for three times as long as it took (L2). */
+static void netchan__serve_stranger(netchan__conn *c, short events) {
+    netchan__endpoint *e = c->endpoint;
+    uint64_t begin = netchan__now_ns();
+    bool pressed = !e->hub.dials && netchan__under_pressure(e, begin);
+    netchan__io_unlock();
+    netchan__conn_ready(c, events);
+    pthread_mutex_lock(&netchan__net_lock);
+    uint64_t end = netchan__now_ns();
+    if (pressed) netchan__io.strangers_from = end + 3 * (end - begin);
+}
+
+/* poll() has news of some of the first count. Listeners come first; closing a connection removes no other. */
+static void netchan__serve_polls(size_t count) {
+    uint64_t strangers_until = netchan__now_ns() + NETCHAN__SLICE_US * 1000u;
+    for (size_t i = 1; i < count; i++) {
+        short events = netchan__io.polls[i].revents;
+        netchan__conn *c = netchan__io.watched[i].conn;
+        if (!events) continue;
+        if (!c) netchan__accept_all(netchan__io.watched[i].listener);
+        else if (!c->stranger) {
+            netchan__io_unlock();
+            netchan__conn_ready(c, events);
+            pthread_mutex_lock(&netchan__net_lock);
+        } else {
+            uint64_t now = netchan__now_ns();
+            if (now < strangers_until && now >= netchan__io.strangers_from) netchan__serve_stranger(c, events);
+        }
     }
 }
 
@@ -8784,18 +8977,7 @@ static void *netchan__io_main(void *arg) {
         pthread_mutex_lock(&netchan__net_lock);
         netchan__net.polling = false;
         if (netchan__io.polls[0].revents) netchan__drain_wake();
-        for (size_t i = 1; i < count; i++) { /* closing a connection removes no other */
-            short events = netchan__io.polls[i].revents;
-            if (!events) continue;
-            netchan__watched watched = netchan__io.watched[i];
-            if (watched.listener) {
-                netchan__accept_all(watched.listener);
-                continue;
-            }
-            netchan__io_unlock();
-            netchan__conn_ready(watched.conn, events);
-            pthread_mutex_lock(&netchan__net_lock);
-        }
+        netchan__serve_polls(count);
     }
     netchan__io_unlock();
     return arg;
