@@ -271,7 +271,7 @@ extern "C" {
     X(EUNKNOWN, -13, "the peer is gone and only it knew whether it happened")                                          \
     X(EFORK, -14, "this process is a fork of the one that made the object")
 
-#define NETCHAN_RESULT_ENUM(name, number, text) NETCHAN_##name = number,
+#define NETCHAN_RESULT_ENUM(name, number, text) NETCHAN_##name = (number),
 enum netchan_result { NETCHAN_RESULTS(NETCHAN_RESULT_ENUM) NETCHAN_RESULT_END = 1 };
 #undef NETCHAN_RESULT_ENUM
 
@@ -798,7 +798,8 @@ extern "C" {
  * ================================================================================================================== */
 
 static void *netchan__alloc(size_t size) {
-    void *p = NETCHAN_MALLOC(size ? size : 1);
+    if (!size) size = 1; /* malloc(0) may be NULL */
+    void *p = NETCHAN_MALLOC(size);
     if (p) memset(p, 0, size);
     return p;
 }
@@ -845,7 +846,7 @@ static uint8_t *netchan__buf_reserve(netchan__buf *b, size_t size) {
         }
         uint8_t *data = (uint8_t *)NETCHAN_MALLOC(cap);
         if (!data) return NULL;
-        if (used) memcpy(data, b->data + b->start, used);
+        if (b->data) memcpy(data, b->data + b->start, used);
         NETCHAN_FREE(b->data);
         b->data = data;
         b->cap = cap;
@@ -1050,6 +1051,16 @@ static int netchan__fail(int code, const char *format, ...) {
 static int netchan__note(int code, const char *sentence) {
     if (code != NETCHAN_OK) netchan__message = sentence;
     return code;
+}
+
+/* strerror() for any thread. */
+static const char *netchan__os_error(int error) {
+    static NETCHAN__THREAD_LOCAL char text[128];
+#if defined(_GNU_SOURCE) && (defined(__GLIBC__) || defined(__BIONIC__))
+    return strerror_r(error, text, sizeof text); /* this one returns the text, as in every C++ program on Linux */
+#else
+    return strerror_r(error, text, sizeof text) == 0 ? text : "unknown error";
+#endif
 }
 
 static int netchan__fail_memory(const char *function) {
@@ -1615,7 +1626,9 @@ static netchan_value netchan__build_value(netchan__reader *r, uint8_t **at, netc
     size_t count = v.as.block.count, size = count * netchan__item_size(v.type);
     if (!size) {
         v.as.block.data = netchan__has_children(&v) ? NULL : "";
-    } else if (v.type == NETCHAN_STR) {
+        return v;
+    }
+    if (v.type == NETCHAN_STR) {
         v.as.block.data = netchan__bump_text(at, body.p, size);
     } else {
         uint8_t *data = (uint8_t *)netchan__bump(at, size);
@@ -2327,6 +2340,7 @@ static void netchan__finish(netchan__op *op, netchan__waiter *w, int result) {
     op->result = result;
     netchan__set_state(op, NETCHAN__DONE);
     if (op->detached) {
+        NETCHAN_ASSERT(w); /* its only case; its time is never up */
         w->ch->detached--;
         w->ch->undelivered += result != NETCHAN_OK && result != NETCHAN_EUNKNOWN;
     }
@@ -2400,6 +2414,7 @@ static void netchan__emit_ids(netchan__peer *p, unsigned type, uint64_t channel,
 }
 
 static void netchan__emit_entry(netchan__waiter *w, unsigned type, uint64_t match, uint64_t number) {
+    NETCHAN_ASSERT(w->peer);
     netchan__emit_ids(w->peer, type, 0, w->id, match, number, 0);
 }
 
@@ -4983,7 +4998,7 @@ static bool netchan__collect_locks(const netchan__op *op, netchan__locks *locks)
         locks->items[locks->count++] = lock;
     }
     if (locks->count < 2) return false;
-    qsort(locks->items, locks->count, sizeof *locks->items, netchan__compare_locks);
+    qsort(locks->items, locks->count, sizeof(pthread_mutex_t *), netchan__compare_locks);
     size_t kept = 1;
     for (size_t i = 1; i < locks->count; i++)
         if (locks->items[i] != locks->items[kept - 1]) locks->items[kept++] = locks->items[i];
@@ -5269,6 +5284,7 @@ static int netchan__operate(netchan_case *cases, size_t count, int timeout_ms, n
     for (size_t i = 0; i < count; i++) {
         netchan_clear(&waiters[i].value);
         if (waiters[i].held) netchan_free(waiters[i].ch);
+        waiters[i].op = NULL; /* it ends here */
     }
     if (result < 0 || op.index < 0) return result;
     netchan_case *c = &cases[op.index];
@@ -5330,7 +5346,7 @@ static int netchan__select(netchan_case *cases, size_t count, int timeout_ms) {
     pthread_mutex_t *few_locks[FEW], **locks = few_locks;
     if (count > FEW) {
         waiters = (netchan__waiter *)netchan__alloc(count * sizeof *waiters);
-        locks = (pthread_mutex_t **)netchan__alloc(count * sizeof *locks);
+        locks = (pthread_mutex_t **)netchan__alloc(count * sizeof(pthread_mutex_t *));
     }
     int result = NETCHAN_ENOMEM;
     if (waiters && locks) {
@@ -6466,7 +6482,7 @@ enum { NETCHAN__NAME_MAX = 255 };
 
 static netchan__name *netchan__find_name(const netchan__hub *h, const char *text, size_t size) {
     netchan__name *n = h->names;
-    while (n && (strlen(n->text) != size || memcmp(n->text, text, size))) n = n->next;
+    while (n && (strlen(n->text) != size || memcmp(n->text, text, size) != 0)) n = n->next;
     return n;
 }
 
@@ -6601,7 +6617,7 @@ static int netchan__add_name(netchan__hub *h, const char *text, netchan *ch, boo
     *(receives ? &ch->receiver_ends : &ch->sender_ends) += 1;
     *(receives ? &ch->receivers_lost : &ch->senders_lost) = false;
     for (netchan__asked **at = &h->asked, *a = *at; a; a = *at) {
-        if (strcmp(a->text, text)) {
+        if (strcmp(a->text, text) != 0) {
             at = &a->next;
             continue;
         }
@@ -6930,7 +6946,7 @@ static void netchan__on_hello(netchan__wire *w, netchan__reader *r) {
     netchan__hub *h = w->hub;
     const uint8_t *magic = netchan__read_bytes(r, 7);
     uint64_t version = netchan__read_varint(r);
-    if (!magic || memcmp(magic, "netchan", 7) || version != NETCHAN__WIRE_VERSION || w->resumes) {
+    if (!magic || memcmp(magic, "netchan", 7) != 0 || version != NETCHAN__WIRE_VERSION || w->resumes) {
         netchan__wire_fail(w, "it does not speak version 1 of the netchan protocol");
         return;
     }
@@ -6959,8 +6975,8 @@ static void netchan__on_hello(netchan__wire *w, netchan__reader *r) {
     if (!h->dials) netchan__emit_hello(w, capacity);
     w->generation = 0; /* it may have asked for another session before */
     netchan__attach(s, w, 0);
-    if (h->dials) netchan__bind_dialler(s, capacity);
-    else netchan__bind_listener(s, lane, capacity);
+    if (lane) netchan__bind_listener(s, lane, capacity);
+    else netchan__bind_dialler(s, capacity);
     h->was_up = true;
     netchan__news n = netchan__begin_event("up", s->peer.number, w->address, NULL);
     netchan__add(&n, "listening", netchan_bool(!h->dials));
@@ -6988,7 +7004,7 @@ static void netchan__on_resume(netchan__wire *w, netchan__reader *r) {
         netchan__wire_fail(w, "this side is hanging up");
         return;
     }
-    if (!s || memcmp(s->id, id, sizeof s->id) || s->peer.breach || w->generation) {
+    if (!s || memcmp(s->id, id, sizeof s->id) != 0 || s->peer.breach || w->generation) {
         const char *reason = "the session is not known; it was lost, or the listener was started anew";
         if (w->generation) netchan__refuse(w, reason);
         else netchan__emit_refused(w, false, reason);
@@ -6996,7 +7012,7 @@ static void netchan__on_resume(netchan__wire *w, netchan__reader *r) {
         return;
     }
     w->generation = generation;
-    if (memcmp(s->identity, w->identity, sizeof s->identity) || !netchan__proved(s, w, 'D', received, proof)) {
+    if (memcmp(s->identity, w->identity, sizeof s->identity) != 0 || !netchan__proved(s, w, 'D', received, proof)) {
         netchan__refuse(w, "the session belongs to somebody else");
         return;
     }
@@ -7014,7 +7030,7 @@ static void netchan__on_resumed(netchan__wire *w, netchan__reader *r) {
     uint64_t received = netchan__read_varint(r);
     const uint8_t *proof = netchan__read_bytes(r, 32);
     if (!w->resumes || w->up || r->bad || !s || w->generation != s->generation ||
-        memcmp(s->identity, w->identity, sizeof s->identity) || !netchan__proved(s, w, 'L', received, proof) ||
+        memcmp(s->identity, w->identity, sizeof s->identity) != 0 || !netchan__proved(s, w, 'L', received, proof) ||
         !netchan__plausible(s, received)) {
         netchan__wire_fail(w, "it does not go on with our session");
         return;
@@ -7029,7 +7045,7 @@ static void netchan__on_refused(netchan__wire *w, uint64_t now, netchan__reader 
     char reason[320], text[sizeof reason + 16];
     w->final = netchan__read_varint(r) == 1 && !w->up;
     size_t size = netchan__left(r) < sizeof reason - 1 ? netchan__left(r) : sizeof reason - 1;
-    for (size_t i = 0; i < size; i++) reason[i] = r->p[i] >= ' ' && r->p[i] < 127 ? (char)r->p[i] : '?';
+    for (size_t i = 0; i < size; i++) reason[i] = (char)(r->p[i] >= ' ' && r->p[i] < 127 ? r->p[i] : '?');
     reason[size] = '\0';
     snprintf(text, sizeof text, "it said: %s", reason);
     if (s && !w->up && (h->addresses > 1 || s->wire)) {
@@ -7362,7 +7378,7 @@ static int netchan__read_file(const netchan_options *o, const char *field, const
     if (result == NETCHAN_ENOMEM) netchan__fail_memory("reading a file of the options");
     else if (result != NETCHAN_OK)
         netchan__fail(result, "options.%s: the file \"%.200s\" cannot be read: %s", field, path,
-                      why ? why : strerror(errno));
+                      why ? why : netchan__os_error(errno));
     else if (secret && o && o->log && (s.st_mode & S_IROTH)) {
         char text[300];
         snprintf(text, sizeof text, "options.%s: everybody on this machine can read \"%.200s\"", field, path);
@@ -7447,12 +7463,12 @@ typedef struct netchan__tls {
 } netchan__tls;
 
 static void netchan__print_fingerprint(const uint8_t *hash, char *out) {
-    memcpy(out, "sha256:", 7);
+    memcpy(out, "sha256:", sizeof "sha256:");
     netchan__hex(hash, 32, out + 7);
 }
 
 static void netchan__print_key_id(const uint8_t *id, char *out) {
-    memcpy(out, "shared_key:", 11);
+    memcpy(out, "shared_key:", sizeof "shared_key:");
     netchan__hex(id, 8, out + 11);
 }
 
@@ -7658,7 +7674,7 @@ static void netchan__print_names(const mbedtls_x509_crt *cert, char *out, size_t
         size_t length = n->buf.len < sizeof name - 1 ? n->buf.len : sizeof name - 1;
         if (tag == MBEDTLS_X509_SAN_DNS_NAME)
             for (size_t i = 0; i < length; i++)
-                name[i] = n->buf.p[i] > ' ' && n->buf.p[i] < 127 ? (char)n->buf.p[i] : '?';
+                name[i] = (char)(n->buf.p[i] > ' ' && n->buf.p[i] < 127 ? n->buf.p[i] : '?');
         else if (tag == MBEDTLS_X509_SAN_IP_ADDRESS && (n->buf.len == 4 || n->buf.len == 16))
             inet_ntop(n->buf.len == 4 ? AF_INET : AF_INET6, n->buf.p, name, sizeof name);
         if (!name[0] || used + strlen(name) + 3 > size) continue;
@@ -7720,12 +7736,12 @@ static int netchan__choose_key(void *arg, mbedtls_ssl_context *ssl, const unsign
     char text[32] = "", own[32];
     for (size_t i = 0; i < t->key_count; i++) {
         netchan__print_key_id(t->keys[i].id, own);
-        if (size != strlen(own) || memcmp(name, own, size)) continue;
+        if (size != strlen(own) || memcmp(name, own, size) != 0) continue;
         s->key = &t->keys[i];
         return mbedtls_ssl_set_hs_psk(ssl, s->key->psk, sizeof s->key->psk);
     }
     for (size_t i = 0; i < size && i < sizeof text - 1; i++)
-        text[i] = name[i] > ' ' && name[i] < 127 ? (char)name[i] : '?';
+        text[i] = (char)(name[i] > ' ' && name[i] < 127 ? name[i] : '?');
     netchan__print_key_id(t->keys[0].id, own);
     snprintf(s->reason, sizeof s->reason, "its key is \"%s\", and options.shared_key is \"%s\"%s", text, own,
              t->key_count > 1 ? " or one more" : "");
@@ -8073,7 +8089,7 @@ static int netchan__split_address(const char *text, char *host, const char **por
     if (colon && length >= 2 && text[0] == '[' && text[length - 1] == ']') begin = text + 1, length -= 2;
     else if (colon && memchr(text, ':', length)) colon = NULL; /* an IPv6 address without brackets */
     if (!colon || !colon[1] || strspn(colon + 1, "0123456789") != strlen(colon + 1) || strlen(colon + 1) > 5 ||
-        atoi(colon + 1) > 65535 || length >= 256)
+        strtol(colon + 1, NULL, 10) > 65535 || length >= 256)
         return netchan__fail_address(text);
     memcpy(host, begin, length);
     host[length] = '\0';
@@ -8083,8 +8099,9 @@ static int netchan__split_address(const char *text, char *host, const char **por
 
 /* Up to max addresses of a host and port. Returns how many, EINVAL or EADDR. Blocks while names are looked up. */
 static int netchan__resolve(const char *text, bool passive, netchan__address *out, size_t max) {
-    char host[256];
+    char host[256] = "";
     const char *port = NULL;
+    memset(out, 0, max * sizeof *out);
     int result = netchan__split_address(text, host, &port);
     if (result != NETCHAN_OK) return result;
     struct addrinfo hints, *list = NULL;
@@ -8167,6 +8184,7 @@ static int netchan__listen_socket(const char *text, netchan__address *bound) {
     netchan__address list[MAX];
     int count = netchan__resolve(text, true, list, MAX), saved = 0;
     if (count < 0) return count;
+    bound->size = sizeof bound->storage;
     for (int pass = 0; pass < 2; pass++) { /* ":port": IPv6 first, whose socket also takes IPv4 */
         for (int i = 0; i < count; i++) {
             if ((list[i].storage.ss_family == AF_INET6) != (pass == 0)) continue;
@@ -8177,7 +8195,6 @@ static int netchan__listen_socket(const char *text, netchan__address *bound) {
             }
             setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
             if (list[i].storage.ss_family == AF_INET6) setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &off, sizeof off);
-            bound->size = sizeof bound->storage;
             if (bind(fd, (struct sockaddr *)(void *)&list[i].storage, list[i].size) == 0 &&
                 listen(fd, SOMAXCONN) == 0 &&
                 getsockname(fd, (struct sockaddr *)(void *)&bound->storage, &bound->size) == 0)
@@ -8186,7 +8203,7 @@ static int netchan__listen_socket(const char *text, netchan__address *bound) {
             close(fd);
         }
     }
-    return netchan__fail(NETCHAN_EADDR, "cannot listen on \"%.200s\": %s", text, strerror(saved));
+    return netchan__fail(NETCHAN_EADDR, "cannot listen on \"%.200s\": %s", text, netchan__os_error(saved));
 }
 
 /* Takes over a socket that listens. Returns it or a negative result. *bound: where. */
@@ -8236,6 +8253,7 @@ enum {
     NETCHAN__CHUNK = 65536,            /* bytes read from a socket at a time */
     NETCHAN__CIPHER_HIGH = 4 * 16384,  /* encrypted bytes that may wait for a socket */
     NETCHAN__HANDSHAKES_MAX = 256,
+    NETCHAN__ACCEPTS = 16,             /* at a time */
     NETCHAN__HANDSHAKE_MS = 10000,
     NETCHAN__STALL_MS = 1000,          /* three times what a handshake takes over a satellite */
     NETCHAN__PRESSURE = 64,            /* strangers, or failures in a burst; then as many as NETCHAN__FAIL_MS tells */
@@ -8553,7 +8571,7 @@ static void netchan__dial_now(netchan__endpoint *e, uint64_t now) {
     int fd = netchan__open_socket(a);
     int connected = fd < 0 ? -1 : connect(fd, (struct sockaddr *)(void *)&a->storage, a->size);
     if (fd < 0 || (connected < 0 && errno != EINPROGRESS && errno != EINTR)) {
-        snprintf(e->failure_text, sizeof e->failure_text, "%s", strerror(errno));
+        snprintf(e->failure_text, sizeof e->failure_text, "%s", netchan__os_error(errno));
         if (fd >= 0) close(fd);
         netchan__schedule_dial(e, now);
         return;
@@ -8562,10 +8580,11 @@ static void netchan__dial_now(netchan__endpoint *e, uint64_t now) {
     if (!e->trial) netchan__schedule_dial(e, now);
 }
 
-/* Whether there is a place for one more stranger (L1). If not, who has stalled gives way at the next tick. */
+/* Whether there is a place for one more stranger (L1). If not, some of who has stalled give way at the next tick. */
 static bool netchan__has_place(netchan__endpoint *e, uint64_t now) {
+    netchan__conn *c = e->oldest;
     if (e->strangers < NETCHAN__HANDSHAKES_MAX) return true;
-    for (netchan__conn *c = e->oldest; c; c = c->newer) {
+    for (int i = 0; i < NETCHAN__ACCEPTS && c; i++, c = c->newer) {
         uint64_t stalled = netchan__after(c->since, NETCHAN__STALL_MS);
         if (stalled > now) {
             netchan__tick_before(stalled);
@@ -8604,7 +8623,7 @@ static void netchan__admit(netchan__endpoint *e, int fd, const netchan__address 
 
 static void netchan__accept_all(netchan__endpoint *e) {
     uint64_t now = netchan__now_ns();
-    for (int i = 0; i < 16 && netchan__has_place(e, now); i++) { /* then the others have their turn */
+    for (int i = 0; i < NETCHAN__ACCEPTS && netchan__has_place(e, now); i++) { /* then the others have their turn */
         netchan__address a;
         a.size = sizeof a.storage;
         int fd = accept(e->fd, (struct sockaddr *)(void *)&a.storage, &a.size);
@@ -8613,7 +8632,7 @@ static void netchan__accept_all(netchan__endpoint *e) {
             continue;
         }
         if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR || errno == ECONNABORTED) return;
-        netchan__log(&e->hub, 0, "%s: cannot accept: %s", e->address, strerror(errno));
+        netchan__log(&e->hub, 0, "%s: cannot accept: %s", e->address, netchan__os_error(errno));
         e->next_accept = netchan__after(now, NETCHAN__ACCEPT_PAUSE_MS);
         netchan__io.next_tick = 0;
         return;
@@ -8720,7 +8739,7 @@ static bool netchan__conn_read(netchan__conn *c, bool *fatal) {
         if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return true;
         if (n <= 0) {
             snprintf(c->stream.reason, sizeof c->stream.reason, "%s",
-                     n == 0 ? "it closed the connection" : strerror(errno));
+                     n == 0 ? "it closed the connection" : netchan__os_error(errno));
             return false;
         }
         c->stream.in = netchan__io.cipher;
@@ -8743,7 +8762,7 @@ static bool netchan__conn_connected(netchan__conn *c) {
     int error = 0;
     socklen_t size = sizeof error;
     if (getsockopt(c->fd, SOL_SOCKET, SO_ERROR, &error, &size) || error) {
-        snprintf(c->stream.reason, sizeof c->stream.reason, "%s", strerror(error ? error : errno));
+        snprintf(c->stream.reason, sizeof c->stream.reason, "%s", netchan__os_error(error ? error : errno));
         return false;
     }
     c->state = NETCHAN__HANDSHAKING;
@@ -8973,9 +8992,10 @@ static void *netchan__io_main(void *arg) {
                                                   : (int)((next - now) / 1000000u) + 1;
         netchan__net.polling = true;
         netchan__io_unlock();
-        poll(netchan__io.polls, (nfds_t)count, wait_ms);
+        bool ready = poll(netchan__io.polls, (nfds_t)count, wait_ms) > 0;
         pthread_mutex_lock(&netchan__net_lock);
         netchan__net.polling = false;
+        if (!ready) continue;
         if (netchan__io.polls[0].revents) netchan__drain_wake();
         netchan__serve_polls(count);
     }
@@ -8990,7 +9010,7 @@ static int netchan__io_start(void) {
     if (netchan__io.links++) return NETCHAN_OK;
     if (pipe(fds)) {
         netchan__io.links--;
-        return netchan__fail(NETCHAN_ENET, "no pipe could be made: %s", strerror(errno));
+        return netchan__fail(NETCHAN_ENET, "no pipe could be made: %s", netchan__os_error(errno));
     }
     netchan__net.wake_fd = fds[1];
     netchan__net.on_drained = netchan__lane_drained;
@@ -9010,7 +9030,7 @@ static int netchan__io_start(void) {
     netchan__io.links--;
     close(fds[0]);
     close(fds[1]);
-    return netchan__fail(NETCHAN_ENOMEM, "the thread could not be started: %s", strerror(e));
+    return netchan__fail(NETCHAN_ENOMEM, "the thread could not be started: %s", netchan__os_error(e));
 }
 
 static void netchan__wake_io(void) {
