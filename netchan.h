@@ -64,6 +64,10 @@
  *               begin, unless these are retained. The first listen or dial starts the one thread of the library, the
  *               last hangup ends it. mbedTLS is called from one thread at a time, under a lock of ours; a program
  *               that also calls mbedTLS itself, from another thread, needs an mbedTLS built with MBEDTLS_THREADING_C.
+ *   Forks       In the child of a fork() everything that the parent has made gives NETCHAN_EFORK (a length of 0;
+ *               retain and free do nothing); the child makes channels and links of its own. The parent's go on.
+ *               netchan_hangup() in the child closes the child's copy of a listening socket; those of connections are
+ *               closed in fork() itself.
  *   Time        timeout_ms is NETCHAN_FOREVER (-1), NETCHAN_NOWAIT (0) or milliseconds on the monotonic clock.
  *               Between machines, a call that has begun to commit when its time is up returns late: by one round trip,
  *               or, when the link is down, when the session goes on or is lost (options.resume_ms). NETCHAN_NOWAIT
@@ -1016,7 +1020,7 @@ static void netchan__map_free(netchan__map *m) {
 }
 
 /* ====================================================================================================================
- * [3] Errors: sentences built where the failure happens, one per thread.
+ * [3] Errors: sentences built where the failure happens, one per thread; and forks, see there.
  * ================================================================================================================== */
 
 static NETCHAN__THREAD_LOCAL char netchan__sentence[512];
@@ -1065,6 +1069,21 @@ static const char *netchan__os_error(int error) {
 
 static int netchan__fail_memory(const char *function) {
     return netchan__fail(NETCHAN_ENOMEM, "%s: out of memory; nothing was done", function);
+}
+
+/* ---- Forks. A child has a copy of the memory, but not the threads, and locks stay as these had them. So what the
+ * parent made is left alone in the child: each object knows how many forks there were before it. ---- */
+
+static unsigned netchan__forks; /* constant but for a child before it has threads */
+
+static void netchan__count_fork(void) { netchan__forks++; }
+
+static void netchan__watch_forks(void) { pthread_atfork(NULL, NULL, netchan__count_fork); }
+
+static int netchan__fail_fork(const char *what) {
+    return netchan__fail(NETCHAN_EFORK,
+                         "%s was made before fork() and belongs to the parent process; make another one in the child",
+                         what);
 }
 
 /* ====================================================================================================================
@@ -1991,6 +2010,7 @@ struct netchan {
     pthread_mutex_t *lock; /* atomic; own, later netchan__net_lock */
     pthread_mutex_t own;
     size_t refs; /* atomic */
+    unsigned forks; /* before it was made; constant */
     bool may_send, may_receive;
     bool closing; /* close was called */
     bool closed;  /* and all values are gone */
@@ -5087,21 +5107,36 @@ static uint64_t netchan__deadline(int timeout_ms) {
     return timeout_ms < 0 ? UINT64_MAX : netchan__now_ns() + (uint64_t)timeout_ms * 1000000u;
 }
 
-/* May this process give away all ends in the value? */
-static bool netchan__may_pass(const netchan_value *v) {
+static bool netchan__is_inherited(const netchan *ch) { return ch && ch->forks != netchan__forks; }
+
+static int netchan__fail_inherited(void) { return netchan__fail_fork("this channel"); }
+
+/* May this process give away this end? */
+static int netchan__check_end(const netchan_value *v) {
+    const netchan *ch = v->as.chan;
+    if (netchan__is_inherited(ch)) return netchan__fail_inherited();
+    if (v->type == NETCHAN_SENDER ? ch->may_send : ch->may_receive) return NETCHAN_OK;
+    return netchan__fail(NETCHAN_EINVAL,
+                         "the value holds an end in the wrong direction: a sender end of a channel that is only for "
+                         "receives here, or a receiver end of one that is only for sends");
+}
+
+/* May it give away all ends in the value? */
+static int netchan__check_ends(const netchan_value *v) {
     netchan_entry e;
-    if (netchan__is_chan(v)) return v->type == NETCHAN_SENDER ? v->as.chan->may_send : v->as.chan->may_receive;
-    for (size_t i = 0; netchan__has_children(v) && netchan__child(v, i, &e); i++)
-        if (!netchan__may_pass(&e.value)) return false;
-    return true;
+    int result = netchan__is_chan(v) ? netchan__check_end(v) : NETCHAN_OK;
+    for (size_t i = 0; result == NETCHAN_OK && netchan__has_children(v) && netchan__child(v, i, &e); i++)
+        result = netchan__check_ends(&e.value);
+    return result;
 }
 
 /* Checks one case and copies or measures what it sends. */
 static int netchan__prepare(netchan__waiter *w, netchan_case *c) {
     w->ch = c->ch;
     w->is_send = c->is_send;
+    if (!c->is_send && c->into) *c->into = netchan__nil_value;
+    if (netchan__is_inherited(w->ch)) return netchan__fail_inherited();
     if (!c->is_send) {
-        if (c->into) *c->into = netchan__nil_value;
         if (w->ch && !w->ch->may_receive)
             return netchan__fail(NETCHAN_EINVAL, "this channel is only for sends; receive from the other one");
         return NETCHAN_OK;
@@ -5111,10 +5146,7 @@ static int netchan__prepare(netchan__waiter *w, netchan_case *c) {
     netchan__measure m = {0, 0, false};
     int result = netchan__measure_value(&c->value, 0, &m);
     if (result != NETCHAN_OK || !w->ch) return result;
-    if (m.channels && !netchan__may_pass(&c->value))
-        return netchan__fail(NETCHAN_EINVAL,
-                             "the value holds an end in the wrong direction: a sender end of a channel that is only "
-                             "for receives here, or a receiver end of one that is only for sends");
+    if (m.channels && (result = netchan__check_ends(&c->value)) != NETCHAN_OK) return result;
     w->size = m.wire;
     w->memory = m.block;
     if (!w->ch->is_end) return netchan__copy_measured(&w->value, &c->value, &m);
@@ -5403,6 +5435,8 @@ NETCHANDEF int netchan_select(netchan_case *cases, size_t count, int timeout_ms)
 }
 
 NETCHANDEF netchan *netchan_make(size_t capacity) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, netchan__watch_forks);
     netchan *ch = (netchan *)netchan__alloc(sizeof *ch);
     if (!ch) {
         netchan__fail_memory("netchan_make");
@@ -5411,6 +5445,7 @@ NETCHANDEF netchan *netchan_make(size_t capacity) {
     pthread_mutex_init(&ch->own, NULL);
     ch->lock = &ch->own;
     ch->refs = 1;
+    ch->forks = netchan__forks;
     ch->may_send = ch->may_receive = true;
     netchan__lane_init(&ch->lane, ch, capacity);
     ch->lanes = &ch->lane;
@@ -5418,7 +5453,7 @@ NETCHANDEF netchan *netchan_make(size_t capacity) {
 }
 
 NETCHANDEF netchan *netchan_retain(netchan *ch) {
-    if (ch) __atomic_add_fetch(&ch->refs, 1, __ATOMIC_RELAXED);
+    if (ch && !netchan__is_inherited(ch)) __atomic_add_fetch(&ch->refs, 1, __ATOMIC_RELAXED);
     return ch;
 }
 
@@ -5469,7 +5504,7 @@ static void netchan__free_net(netchan *ch) {
 }
 
 NETCHANDEF void netchan_free(netchan *ch) {
-    if (!ch) return;
+    if (!ch || netchan__is_inherited(ch)) return;
     if (netchan__is_net(ch)) {
         netchan__free_net(ch);
         return;
@@ -5507,6 +5542,7 @@ static void netchan__close(netchan *ch) {
 
 NETCHANDEF int netchan_close(netchan *ch) {
     if (!ch) return netchan__fail(NETCHAN_EINVAL, "netchan_close: the channel is NULL");
+    if (netchan__is_inherited(ch)) return netchan__fail_inherited();
     if (!ch->may_send) return netchan__fail(NETCHAN_EINVAL, "netchan_close: only the sending side closes a channel");
     pthread_mutex_t *lock = netchan__lock_channel(ch);
     int result = ch->closing ? NETCHAN_ECLOSED : NETCHAN_OK;
@@ -5516,7 +5552,7 @@ NETCHANDEF int netchan_close(netchan *ch) {
 }
 
 NETCHANDEF size_t netchan_len(netchan *ch) {
-    if (!ch) return 0;
+    if (!ch || netchan__is_inherited(ch)) return 0;
     pthread_mutex_t *lock = netchan__lock_channel(ch);
     size_t n = 0;
     if (ch->is_end) n = ch->in_flight + ch->detached;
@@ -5526,7 +5562,7 @@ NETCHANDEF size_t netchan_len(netchan *ch) {
 }
 
 NETCHANDEF size_t netchan_cap(netchan *ch) {
-    if (!ch) return 0;
+    if (!ch || netchan__is_inherited(ch)) return 0;
     pthread_mutex_t *lock = netchan__lock_channel(ch);
     size_t n = ch->is_end ? ch->lane.cap : 0;
     for (netchan__lane *lane = ch->is_end ? NULL : ch->lanes; lane; lane = lane->next)
@@ -8067,7 +8103,8 @@ NETCHANDEF int netchan_fingerprint(const char *cert, char *out, size_t size) {
 }
 
 /* ====================================================================================================================
- * [17] Sockets: addresses, and sockets that never block, never raise SIGPIPE and do not outlive an exec.
+ * [17] Sockets: addresses, and sockets that never block, never raise SIGPIPE, do not outlive an exec in any thread, and
+ * are never descriptors 0, 1 or 2, to which programs write though they have closed them.
  * ================================================================================================================== */
 
 typedef struct netchan__address {
@@ -8152,6 +8189,34 @@ static void netchan__print_address(const netchan__address *a, char *out, size_t 
     snprintf(out, size, strchr(host, ':') ? "[%s]:%s" : "%s:%s", host, port);
 }
 
+/* Moves a new descriptor away from those of the standard streams. errno stays. */
+static int netchan__own_fd(int fd) {
+    if (fd < 0 || fd > 2) return fd;
+    int own = fcntl(fd, F_DUPFD_CLOEXEC, 3), saved = errno;
+    close(fd);
+    errno = saved;
+    return own;
+}
+
+#if defined(SOCK_CLOEXEC) && !defined(__APPLE__)
+#define NETCHAN__CLOEXEC SOCK_CLOEXEC
+#if defined(__GLIBC__) && !defined(_GNU_SOURCE) /* it has these, but does not tell */
+extern int (accept4)(int fd, struct sockaddr *address, socklen_t *size, int flags);
+extern int (pipe2)(int *fds, int flags);
+#endif
+#else /* no other thread should fork just now */
+#define NETCHAN__CLOEXEC 0
+#define accept4(fd, address, size, flags) accept(fd, address, size)
+#define pipe2(fds, flags) pipe(fds)
+#endif
+
+/* The ends of a pipe, that for reading first. Returns false with errno. */
+static bool netchan__open_pipe(int *fds) {
+    if (pipe2(fds, O_CLOEXEC)) return false;
+    for (int i = 0; i < 2; i++) fds[i] = netchan__own_fd(fds[i]);
+    return fds[0] >= 0 && fds[1] >= 0;
+}
+
 static bool netchan__prepare_fd(int fd) {
     int flags = fcntl(fd, F_GETFL, 0);
     return flags >= 0 && fcntl(fd, F_SETFL, flags | O_NONBLOCK) == 0 && fcntl(fd, F_SETFD, FD_CLOEXEC) == 0;
@@ -8170,7 +8235,7 @@ static void netchan__prepare_socket(int fd) {
 }
 
 static int netchan__open_socket(const netchan__address *a) {
-    int fd = socket(a->storage.ss_family, SOCK_STREAM, 0);
+    int fd = netchan__own_fd(socket(a->storage.ss_family, SOCK_STREAM | NETCHAN__CLOEXEC, 0));
     if (fd >= 0 && netchan__prepare_fd(fd)) return fd;
     int saved = errno;
     if (fd >= 0) close(fd);
@@ -8626,7 +8691,7 @@ static void netchan__accept_all(netchan__endpoint *e) {
     for (int i = 0; i < NETCHAN__ACCEPTS && netchan__has_place(e, now); i++) { /* then the others have their turn */
         netchan__address a;
         a.size = sizeof a.storage;
-        int fd = accept(e->fd, (struct sockaddr *)(void *)&a.storage, &a.size);
+        int fd = netchan__own_fd(accept4(e->fd, (struct sockaddr *)(void *)&a.storage, &a.size, NETCHAN__CLOEXEC));
         if (fd >= 0) {
             netchan__admit(e, fd, &a, now);
             continue;
@@ -9003,12 +9068,52 @@ static void *netchan__io_main(void *arg) {
     return arg;
 }
 
+/* ---- Forks. The locks are held across fork(), so that the child has whole data; it forgets the parent's links, and
+ * closes its copies of their connections, which would keep them alive. Listening sockets stay, for who hands them on.
+ * ---- */
+
+static void netchan__before_fork(void) {
+    pthread_mutex_lock(&netchan__control_lock);
+    pthread_mutex_lock(&netchan__net_lock);
+    pthread_mutex_lock(&netchan__tls_lock);
+    pthread_mutex_lock(&netchan__dead_lock);
+}
+
+static void netchan__after_fork(void) {
+    pthread_mutex_unlock(&netchan__dead_lock);
+    pthread_mutex_unlock(&netchan__tls_lock);
+    pthread_mutex_unlock(&netchan__net_lock);
+    pthread_mutex_unlock(&netchan__control_lock);
+}
+
+static void netchan__after_fork_in_child(void) {
+    for (netchan__conn *c = netchan__io.conns; c; c = c->next) close(c->fd);
+    if (netchan__io.links) {
+        close(netchan__io.wake_read);
+        close(netchan__net.wake_fd);
+    }
+    memset(&netchan__io, 0, sizeof netchan__io);
+    memset(&netchan__net, 0, sizeof netchan__net);
+    netchan__dead = NULL;
+    netchan__logs = netchan__last_log = NULL;
+#if MBEDTLS_VERSION_NUMBER < 0x03060600
+    mbedtls_psa_crypto_free(); /* its random generator does not notice the fork */
+#endif
+    netchan__after_fork();
+}
+
+static void netchan__hold_over_forks(void) {
+    pthread_atfork(netchan__before_fork, netchan__after_fork, netchan__after_fork_in_child);
+}
+
 /* Starts the thread for the first link. Caller holds netchan__control_lock. */
 static int netchan__io_start(void) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
     int fds[2];
     sigset_t all, before;
+    pthread_once(&once, netchan__hold_over_forks);
     if (netchan__io.links++) return NETCHAN_OK;
-    if (pipe(fds)) {
+    if (!netchan__open_pipe(fds)) {
         netchan__io.links--;
         return netchan__fail(NETCHAN_ENET, "no pipe could be made: %s", netchan__os_error(errno));
     }
@@ -9207,9 +9312,18 @@ static void netchan__drain(netchan__endpoint *e, uint64_t deadline) {
     while (!netchan__drained(&e->hub) && in_time) in_time = netchan__wait_net(&e->changed, deadline);
 }
 
+/* In the child of a fork. */
+static int netchan__hang_up_inherited(netchan__endpoint *e, netchan_report *report) {
+    if (report) memset(report, 0, sizeof *report);
+    if (e->fd >= 0) close(e->fd);
+    e->fd = -1;
+    return netchan__fail_fork("this link");
+}
+
 NETCHANDEF int netchan_hangup(netchan_link *link, netchan_report *report) {
     netchan__endpoint *e = (netchan__endpoint *)(void *)link;
     if (!e) return NETCHAN_OK;
+    if (netchan__is_inherited(link->send)) return netchan__hang_up_inherited(e, report);
     pthread_mutex_lock(&netchan__net_lock);
     e->hub.hanging_up = true;
     netchan__wake_io(); /* no new peers */
@@ -9237,6 +9351,11 @@ NETCHANDEF int netchan_hangup(netchan_link *link, netchan_report *report) {
 
 static netchan__hub *netchan__hub_of(netchan_link *link) { return (netchan__hub *)(void *)link; }
 
+static int netchan__check_link(const char *function, const netchan_link *link) {
+    if (!link) return netchan__fail(NETCHAN_EINVAL, "%s: the link is NULL", function);
+    return netchan__is_inherited(link->send) ? netchan__fail_fork("this link") : NETCHAN_OK;
+}
+
 /* The session of this link with the peer, or NULL. Caller holds netchan__net_lock. */
 static netchan__session *netchan__find_peer(netchan__hub *h, uint64_t number) {
     netchan__peer *p = (netchan__peer *)netchan__map_get(&netchan__net.by_number, number);
@@ -9245,7 +9364,8 @@ static netchan__session *netchan__find_peer(netchan__hub *h, uint64_t number) {
 
 NETCHANDEF int netchan_sendto(netchan_link *link, netchan_peer peer, netchan_value v, int timeout_ms) {
     netchan__hub *h = netchan__hub_of(link);
-    if (!link) return netchan__fail(NETCHAN_EINVAL, "netchan_sendto: the link is NULL");
+    int result = netchan__check_link("netchan_sendto", link);
+    if (result != NETCHAN_OK) return result;
     pthread_mutex_lock(&netchan__net_lock);
     bool found = netchan__find_peer(h, peer.id) != NULL;
     pthread_mutex_unlock(&netchan__net_lock);
@@ -9329,7 +9449,8 @@ NETCHANDEF int netchan_broadcast(netchan_link *link, netchan_value v, size_t *re
     netchan__hub *h = netchan__hub_of(link);
     size_t count, took = 0;
     if (reached) *reached = 0;
-    if (!link) return netchan__fail(NETCHAN_EINVAL, "netchan_broadcast: the link is NULL");
+    int result = netchan__check_link("netchan_broadcast", link);
+    if (result != NETCHAN_OK) return result;
     if (h->dials) {
         int sent = netchan_send(link->send, v, timeout_ms);
         if (reached) *reached = sent == NETCHAN_OK;
@@ -9339,7 +9460,7 @@ NETCHANDEF int netchan_broadcast(netchan_link *link, netchan_value v, size_t *re
     uint64_t *numbers = netchan__all_peers(h, &count);
     netchan__cast *casts = (netchan__cast *)netchan__alloc(count * sizeof *casts);
     netchan_case c = netchan_case_send(link->send, v);
-    int result = NETCHAN_ENOMEM;
+    result = NETCHAN_ENOMEM;
     size_t made = 0;
     if (numbers && casts) made = netchan__begin_casts(h, casts, numbers, count, &c, timeout_ms, &result);
     else netchan__fail_memory("netchan_broadcast");
@@ -9359,7 +9480,8 @@ NETCHANDEF int netchan_broadcast(netchan_link *link, netchan_value v, size_t *re
 
 /* Checks what the three functions below have in common. */
 static int netchan__check_name(const char *function, netchan_link *link, const char *name, int end) {
-    if (!link) return netchan__fail(NETCHAN_EINVAL, "%s: the link is NULL", function);
+    int result = netchan__check_link(function, link);
+    if (result != NETCHAN_OK) return result;
     if (!name || !*name || strlen(name) > NETCHAN__NAME_MAX)
         return netchan__fail(NETCHAN_EINVAL, "%s: a name has 1 to %d bytes", function, NETCHAN__NAME_MAX);
     if (end != NETCHAN_SENDER && end != NETCHAN_RECEIVER)
@@ -9376,6 +9498,7 @@ NETCHANDEF int netchan_export(netchan_link *link, const char *name, netchan *ch,
                              !ch        ? "the channel is NULL"
                              : receives ? "nobody may receive from this channel here"
                                         : "nobody may send into this channel here");
+    if (netchan__is_inherited(ch)) return netchan__fail_inherited();
     netchan__hub *h = netchan__hub_of(link);
     pthread_mutex_lock(&netchan__net_lock);
     if (netchan__find_name(h, name, strlen(name)))
@@ -9444,7 +9567,9 @@ NETCHANDEF int netchan_import(netchan_link *link, const char *name, enum netchan
 }
 
 NETCHANDEF int netchan_get_stats(netchan_link *link, netchan_stats *stats) {
-    if (!link || !stats) return netchan__fail(NETCHAN_EINVAL, "netchan_get_stats: the link or the place is NULL");
+    int result = netchan__check_link("netchan_get_stats", link);
+    if (result != NETCHAN_OK) return result;
+    if (!stats) return netchan__fail(NETCHAN_EINVAL, "netchan_get_stats: the place for them is NULL");
     pthread_mutex_lock(&netchan__net_lock);
     *stats = netchan__hub_stats(netchan__hub_of(link));
     pthread_mutex_unlock(&netchan__net_lock);
