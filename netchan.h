@@ -206,7 +206,8 @@
  *     25 CREDIT channel, n, left    L: n more values may be sent; `left` of those sent before have left the buffer
  *     26 CLOSED channel          H, to receiver ends: after the last value
  *     27 RETURN channel, size, bytes    L hangs up: a value that nobody received; in parts if it is large, one after
- *               the other. The newest of those on the way and in the buffer, in their order, after a last CREDIT
+ *               the other. The newest of those on the way and in the buffer, in their order, after a last CREDIT, in
+ *               no more bytes than they came in
  *     28 FRAGMENT entry, bytes   H: more of the value whose COMMIT had none
  *     29 CLOSING channel         H, to sender ends: the channel is closed; what is being negotiated is finished
  *     2a GONE channel            H: the end leads nowhere any more, as its name was taken back, or as H relayed to a
@@ -217,10 +218,11 @@
  *     many are a breach. Entry and match numbers are not 0; OFFER and DEMAND share one space of entries. A final CLAIM
  *     to a receive carries its value, if that is no large one, and its GRANT ends the match; else COMMIT brings it, and
  *     TAKEN follows. A GRANT for a receive has size 0. The values of all OFFERs with flag 8 may count max_memory / 96
- *     bytes. A CLAIM that is not answered for six times ping_ms and twice resume_ms of H, while its link is up, is a
- *     breach; for a relayed entry, four times that. Unknown types are skipped. size is the encoded size of the value; a
- *     value over 16,256 bytes is never in the frame that names its size: it is shipped in FRAGMENTs after GRANT or
- *     COMMIT.
+ *     bytes. A CLAIM that is not answered for six times ping_ms and twice resume_ms of H is a breach; for a relayed
+ *     entry, four times that. So is an entry that H has engaged, and neither ends nor releases, and a try that it does
+ *     not answer, for four times those of E. Time without a link counts a quarter. Unknown types are skipped. size is
+ *     the encoded size of the value; a value over 16,256 bytes is never in the frame that names its size: it is shipped
+ *     in FRAGMENTs after GRANT or COMMIT.
  *     The commit protocol is described at [9], relays at [10].
  */
 
@@ -566,7 +568,7 @@ typedef struct netchan_options {
     size_t max_message; /* bytes of one encoded value that may come in [128 MiB] */
     size_t max_memory;  /* bytes that one peer's values may occupy here [and at least: twice max_message] */
     size_t max_ops;     /* operations of one peer that may wait here [65536] */
-    size_t max_ends;    /* channel ends that one peer may have given to this process at a time [65536] */
+    size_t max_ends;    /* channel ends that one peer may have given to this process, or got from it [65536] */
     size_t max_peers;   /* listening: peers, also those whose link is down [10000] */
     int connect_ms;     /* dialling: how long the first connection may take, negative: for ever [10000] */
     int resume_ms;      /* how long a session waits for a new link, negative: for ever, even for the dead [30000] */
@@ -1918,6 +1920,7 @@ struct netchan__waiter {
     netchan_value claim_value;
     netchan__buf incoming; /* fragments of a value that is being received */
     size_t announced;      /* how many bytes they will be */
+    uint64_t waited;       /* nanoseconds for which it was seen waiting for its peer; 0: not seen yet */
 };
 
 enum netchan__relay_step {
@@ -1941,7 +1944,6 @@ typedef struct netchan__remote {
     enum netchan__relay_step step;
     bool carried;           /* the claim carried the value on */
     size_t size;            /* of that value */
-    uint64_t waited;        /* as in a match */
     size_t declined;        /* a receiver: the size of a value for which there was no room */
 } netchan__remote;
 
@@ -2045,6 +2047,7 @@ struct netchan {
     netchan__buf returning;  /* the beginning of one */
     size_t undelivered;      /* values that were sent with OK and could not be */
     size_t largest, largest_memory; /* of the values sent with OK: bytes on the wire, and here */
+    size_t in_flight_bytes;         /* on the wire, of those in flight, at most */
     bool close_sent;
 };
 
@@ -2059,6 +2062,7 @@ struct netchan__match {
     uint64_t id;
     bool from_buffer, to_buffer, receiver_first, pinned, redelivered;
     bool carried;           /* the final claim carried the value to the receiver */
+    bool granted;           /* a remote sender has said yes, and its fragments come */
     bool sender_gone, receiver_gone; /* a local party that is over; its pointer is NULL then */
     int step;               /* 0, 1: that party's lock is asked for; 2: both are locked; 3: waiting for TAKEN */
     uint64_t position;      /* where in the stream the value ended that was sent to the receiver */
@@ -2069,6 +2073,7 @@ struct netchan__match {
     netchan__buf incoming;
     size_t announced;
     size_t shipping;        /* what it counts in its receiver's peer->shipping */
+    size_t charge;          /* what it counts in its sender's peer->charged */
     uint64_t waited;        /* nanoseconds for which it was seen waiting for a remote party; 0: not seen yet */
 };
 
@@ -2139,6 +2144,7 @@ struct netchan__peer {
     size_t offered;       /* at home: bytes of values in its OFFERs that are not over */
     size_t offering;      /* at an end: in ours */
     size_t reserved;      /* bytes announced by fragments and not over */
+    size_t charged;       /* what values may occupy that were asked for, until they are with a receiver */
     netchan__lane *lane;  /* at home: channel 0 */
     netchan *work;        /* at home: channel 1 */
     netchan__lane *direct; /* at home: values for this process and no other; NULL until there was one */
@@ -2827,14 +2833,19 @@ static void netchan__bring_together(netchan__lane *lane, netchan__waiter *s, net
     else netchan__begin_match(lane, s, r);
 }
 
+/* What an encoded value of this size may occupy, at most. */
+static size_t netchan__swollen(const netchan__peer *p, size_t size) {
+    return size < p->max_memory / NETCHAN__SWELL ? size * NETCHAN__SWELL : p->max_memory;
+}
+
 /* May this sender be asked for its value? Not while its link is down; and its peer's other large values may have to be
  * taken first. */
 static bool netchan__can_ask(const netchan__waiter *s) {
     if (s->op || s->here) return true;
     if (s->peer->down) return false;
-    if (s->size <= NETCHAN__FRAGMENT) return true;
-    size_t held = s->peer->reserved + s->lane->memory;
-    bool fits = held == 0 || held + s->size <= s->peer->max_memory / 2;
+    size_t most = s->peer->max_memory / 2, charged = s->peer->charged, stored = s->lane->memory;
+    bool fits = charged ? charged + stored + netchan__swollen(s->peer, s->size) <= most
+                        : !stored || stored + s->size <= most; /* one at a time may swell beyond */
     s->peer->waits |= !fits;
     return fits;
 }
@@ -2875,13 +2886,18 @@ static bool netchan__fill(netchan__lane *lane) {
     return moved;
 }
 
+/* How many bytes of large values may be on their way to a peer: half of what it wants to hold, and of what we do. */
+static size_t netchan__ship_limit(const netchan__peer *p) {
+    return (p->their_memory < p->max_memory ? p->their_memory : p->max_memory) / 2;
+}
+
 /* Does this receiver's process not take this value, of this size, or not now? */
 static bool netchan__is_too_big(const netchan__waiter *r, const netchan_value *v, size_t size) {
     if (r->op) return false;
     netchan__peer *p = r->peer;
     if (netchan__too_many_ends(p, v)) return true;
     if (size > p->their_message || size > ((const netchan__remote *)(const void *)r)->most) return true;
-    bool full = size > NETCHAN__FRAGMENT && p->shipping && p->shipping + size > p->their_memory / 2;
+    bool full = size > NETCHAN__FRAGMENT && p->shipping && p->shipping + size > netchan__ship_limit(p);
     p->waits |= full;
     return full;
 }
@@ -3102,8 +3118,8 @@ static void netchan__unlink_match(netchan__match *m) {
         m->receiver->peer->shipping -= m->shipping;
         if (m->shipping) netchan__has_room(m->receiver->peer);
     }
-    if (m->sender && !m->sender->op && !m->sender->here && !m->sender->lost && m->announced) {
-        m->sender->peer->reserved -= m->announced;
+    if (m->sender && !m->sender->op && !m->sender->here && !m->sender->lost && m->charge) {
+        m->sender->peer->charged -= m->charge;
         netchan__has_room(m->sender->peer);
     }
 }
@@ -3225,9 +3241,10 @@ static void netchan__claim_remote(netchan__match *m, netchan__waiter *w, bool fi
         f.has_value = true;
         f.value = *netchan__match_value(m);
     }
-    if (w->is_send && w->size > NETCHAN__FRAGMENT) {
-        m->announced = w->size;
-        w->peer->reserved += w->size;
+    if (w->is_send && !m->charge) {
+        m->announced = w->size > NETCHAN__FRAGMENT ? w->size : 0;
+        m->charge = netchan__swollen(w->peer, w->size);
+        w->peer->charged += m->charge;
     }
     if (!w->is_send && m->size > NETCHAN__FRAGMENT && !m->shipping) {
         m->shipping = m->size;
@@ -3559,6 +3576,7 @@ static void netchan__on_fragment_for_receiver(netchan__peer *p, netchan__frame *
     }
     netchan_value v = netchan__nil_value;
     size_t memory;
+    if (f->count == NETCHAN__FRAGMENT) w->waited = 0; /* it goes on */
     if (!netchan__gather(p, &w->incoming, w->announced, f, &v, &memory)) return;
     netchan__emit_ids(p, NETCHAN__TAKEN, 0, 0, w->claim, 0, 0);
     netchan__receive_from(p, w, &v);
@@ -3579,6 +3597,7 @@ static void netchan__register_all(netchan *ch);
 /* The value of w is in the home's buffer, or on its way. */
 static void netchan__entered(netchan *ch, const netchan__waiter *w) {
     ch->in_flight++;
+    ch->in_flight_bytes += w->size;
     if (w->size > ch->largest) ch->largest = w->size;
     if (w->memory > ch->largest_memory) ch->largest_memory = w->memory;
 }
@@ -3728,6 +3747,8 @@ static void netchan__on_credit(netchan__peer *p, netchan__frame *f) {
     ch->credit += (size_t)f->number;
     ch->in_flight -= (size_t)f->size;
     p->taken += f->size;
+    if (ch->largest && ch->in_flight_bytes / ch->largest > ch->in_flight)
+        ch->in_flight_bytes = ch->in_flight * ch->largest;
     netchan__mark_dirty(ch);
 }
 
@@ -3830,7 +3851,7 @@ static void netchan__requeue(netchan *ch, netchan__queue *q) {
 static void netchan__on_return(netchan__peer *p, netchan__frame *f) {
     netchan *ch = p->send;
     size_t have = ch ? netchan__buf_size(&ch->returning) : 0, memory;
-    bool fits = ch && f->size <= ch->largest && f->count <= f->size && have <= f->size - f->count;
+    bool fits = ch && f->size <= ch->in_flight_bytes && f->count <= f->size && have <= f->size - f->count;
     netchan_value v = netchan__nil_value;
     if (!fits || f->channel != ch->channel || !ch->in_flight) {
         netchan__breach(p, "it returned what was not sent");
@@ -3850,6 +3871,7 @@ static void netchan__on_return(netchan__peer *p, netchan__frame *f) {
         return;
     }
     ch->in_flight--;
+    ch->in_flight_bytes -= (size_t)f->size;
     p->returned++;
     p->stats->values_sent--;
     netchan__waiter *w = netchan__detach(ch, &v, (size_t)f->size, memory);
@@ -3884,7 +3906,7 @@ static void netchan__relay_unclaim(netchan__remote *r) {
     w->announced = r->size = 0;
     netchan__buf_free(&w->incoming);
     if (r->down) netchan__map_remove(&netchan__net.relays, r->down);
-    r->down = w->claim = r->waited = 0;
+    r->down = w->claim = w->waited = 0;
     r->carried = false;
     r->step = NETCHAN__IDLE;
 }
@@ -3929,7 +3951,7 @@ static int netchan__relay_result(const netchan__waiter *w) {
 static bool netchan__relay_full(const netchan__remote *r, size_t size) {
     netchan__peer *p = r->waiter.peer;
     size_t held = r->waiter.is_send ? p->reserved : p->shipping;
-    bool full = held && held + size > (r->waiter.is_send ? p->max_memory : p->their_memory) / 2;
+    bool full = held && held + size > (r->waiter.is_send ? p->max_memory / 2 : netchan__ship_limit(p));
     p->waits |= full;
     return full;
 }
@@ -4175,7 +4197,7 @@ static void netchan__relay_granted(netchan__remote *r, const netchan_value *valu
     f.value = *value;
     f.size = w->is_send ? size : 0;
     r->step = NETCHAN__GRANTED;
-    r->waited = 0;
+    w->waited = 0;
     w->position = r->up->emit(r->up, &f);
     if (over) netchan__relay_forget(r);
 }
@@ -4183,7 +4205,7 @@ static void netchan__relay_granted(netchan__remote *r, const netchan_value *valu
 static void netchan__relay_grant(netchan__peer *p, netchan__remote *r, netchan__frame *f) {
     netchan__waiter *w = &r->waiter;
     bool whole = f->has_value || !w->is_send;
-    if (r->step != NETCHAN__CLAIMED || (f->has_value && !w->is_send) || (!whole && f->size != w->announced)) {
+    if (r->step != NETCHAN__CLAIMED || (f->has_value && !w->is_send) || (w->is_send && f->size != w->size)) {
         netchan__breach(p, "it granted what was not claimed");
         return;
     }
@@ -4199,7 +4221,7 @@ static void netchan__relay_fragment_up(netchan__peer *p, netchan__remote *r, net
         netchan__breach(p, "it sent a fragment of nothing");
         return;
     }
-    r->waited = 0;
+    if (f->count == NETCHAN__FRAGMENT) w->waited = 0; /* it goes on */
     if (!netchan__gather(p, &w->incoming, size, f, &v, &memory)) return;
     w->memory = memory;
     netchan__relay_granted(r, &v, size);
@@ -4439,27 +4461,29 @@ static void netchan__locked(netchan__match *m) {
 static void netchan__on_grant(netchan__peer *p, netchan__frame *f) {
     netchan__match *m = netchan__answered(p, f->match, -1);
     netchan__waiter *w = m ? netchan__party(m, m->step) : NULL;
-    if (!w || (w->is_send && f->size != w->size && !f->has_value) || (!w->is_send && f->has_value)) {
+    if (!w || m->granted || (w->is_send && f->size != w->size) || (!w->is_send && f->has_value)) {
         netchan__breach(p, "it granted what was not claimed");
         return;
     }
     if (w->is_send && f->has_value) {
         m->value = f->value;
         m->memory = f->memory;
-        m->size = (size_t)f->size;
         f->value = netchan__nil_value;
     }
-    if (!w->is_send || f->has_value) netchan__locked(m); /* else the fragments follow */
+    m->granted = w->is_send && !f->has_value; /* the fragments follow */
+    if (!m->granted) netchan__locked(m);
 }
 
 static void netchan__on_fragment_of_sender(netchan__peer *p, netchan__frame *f) {
     netchan__match *m = netchan__answered(p, f->match, -1);
-    if (!m || netchan__party(m, m->step) != m->sender) {
+    if (!m || !m->granted || netchan__party(m, m->step) != m->sender) {
         netchan__breach(p, "it sent a fragment of nothing");
         return;
     }
     if (f->count == NETCHAN__FRAGMENT) m->waited = 0; /* it goes on */
-    if (netchan__gather(p, &m->incoming, m->announced, f, &m->value, &m->memory)) netchan__locked(m);
+    if (!netchan__gather(p, &m->incoming, m->announced, f, &m->value, &m->memory)) return;
+    m->granted = false;
+    netchan__locked(m);
 }
 
 static void netchan__receiver_lost(netchan__match *m, netchan__peer *p, bool shipped);
@@ -4632,7 +4656,7 @@ static void netchan__reopen(netchan__op *op) {
  * breach. What is relayed may have to wait for several processes. *waited: for how long it was seen waiting. */
 static void netchan__check_answer(netchan__peer *p, uint64_t *waited, uint64_t gap, unsigned hops) {
     uint64_t patience = p->patience > UINT64_MAX / hops ? UINT64_MAX : p->patience * hops;
-    if (p->down) return; /* that time neither counts nor is forgiven */
+    if (p->down) gap /= 4; /* who breaks its link again and again shall not wait for ever */
     if (!*waited) *waited = 1;
     else *waited += gap < patience / 4 ? gap : patience / 4; /* this process may have been stopped */
     if (*waited > patience) netchan__breach(p, "it does not answer");
@@ -4643,17 +4667,25 @@ static void netchan__check_claims(uint64_t now) {
     uint64_t gap = now - netchan__net.checked;
     netchan__net.checked = now;
     for (size_t i = 0; i < netchan__net.matches.cap; i++) {
-        if (!netchan__net.matches.slots[i].key) continue;
-        netchan__match *m = (netchan__match *)netchan__net.matches.slots[i].item;
-        netchan__waiter *asked = m->step == 3 ? m->receiver : netchan__party(m, m->step);
+        netchan__match *m = (netchan__match *)netchan__map_at(&netchan__net.matches, i);
+        netchan__waiter *asked = !m ? NULL : m->step == 3 ? m->receiver : netchan__party(m, m->step);
         if (!asked || asked->op || !asked->peer || asked->lost) continue;
         netchan__check_answer(asked->peer, &m->waited, gap, netchan__remote_of(asked)->relayed ? HOPS : 1);
     }
     for (size_t i = 0; i < netchan__net.relays.cap; i++) {
-        if (!netchan__net.relays.slots[i].key) continue;
-        netchan__remote *r = (netchan__remote *)netchan__net.relays.slots[i].item;
-        if (r->waiter.peer && (r->step == NETCHAN__CLAIMED || r->step == NETCHAN__SHIPPED))
-            netchan__check_answer(r->waiter.peer, &r->waited, gap, r->relayed ? HOPS : 1);
+        netchan__remote *r = (netchan__remote *)netchan__map_at(&netchan__net.relays, i);
+        if (!r) continue;
+        netchan__waiter *w = &r->waiter;
+        if (w->peer && (r->step == NETCHAN__CLAIMED || r->step == NETCHAN__SHIPPED))
+            netchan__check_answer(w->peer, &w->waited, gap, r->relayed ? HOPS : 1);
+        else if (r->up && r->step == NETCHAN__GRANTED) netchan__check_answer(r->up, &w->waited, gap, HOPS);
+    }
+    for (size_t i = 0; i < netchan__net.waiters.cap; i++) { /* a home may have to wait for others itself */
+        netchan__waiter *w = (netchan__waiter *)netchan__map_at(&netchan__net.waiters, i);
+        if (!w || !w->op || !w->peer) continue;
+        bool engaged = netchan__state(w->op) >= NETCHAN__ENGAGED && w->op->engaged == w;
+        if (engaged || w->is_try) netchan__check_answer(w->peer, &w->waited, gap, HOPS);
+        else w->waited = 0;
     }
 }
 
@@ -4712,7 +4744,7 @@ static void netchan__register_all(netchan *ch) {
 /* The dialling side has a session. */
 static void netchan__end_up(netchan__peer *p, netchan *ch) {
     ch->home = p;
-    ch->credit = ch->in_flight = 0;
+    ch->credit = ch->in_flight = ch->in_flight_bytes = 0;
     ch->close_sent = false;
     netchan__register_all(ch);
 }
@@ -4807,7 +4839,7 @@ static void netchan__waiter_lost(netchan__waiter *w, uint64_t sent) {
 static void netchan__end_lost(netchan *ch, netchan__peer *p, netchan__queue *unsent) {
     p->unknown += ch->in_flight;
     ch->home = NULL;
-    ch->credit = ch->in_flight = 0;
+    ch->credit = ch->in_flight = ch->in_flight_bytes = 0;
     netchan__buf_free(&ch->returning);
     netchan__queue *queues[2] = {&ch->lane.senders, &ch->receivers};
     for (int i = 0; i < 2; i++) {
@@ -5685,7 +5717,7 @@ struct netchan__session {
     netchan *own_send, *own_recv;
     netchan__session *prev_new, *next_new;
     bool is_new, is_shown;
-    size_t asks; /* names that it waits for */
+    netchan__map asked, questions; /* names that it waits for, and that we wait for, by number */
 };
 
 /* One listen or dial without its sockets, see [14]. */
@@ -6495,7 +6527,7 @@ struct netchan__name {
 
 /* A peer waits for a name. */
 struct netchan__asked {
-    netchan__asked *next;
+    netchan__asked *prev, *next; /* of the hub */
     netchan__session *session;
     uint64_t number;
     bool receives;
@@ -6550,15 +6582,20 @@ static void netchan__on_import(netchan__session *s, netchan__frame *f) {
         netchan__breach(&s->peer, "it asked for a name that is none");
         return;
     }
+    if (!f->number || netchan__map_get(&s->asked, f->number)) {
+        netchan__breach(&s->peer, "it asked twice with one number, or with none");
+        return;
+    }
     if (s->peer.leaving) return;
     netchan__name *n = netchan__find_name(h, (const char *)f->bytes, f->count);
     if (n || f->flags & NETCHAN__TRY) {
         netchan__answer_import(s, f->number, n, receives);
         return;
     }
-    netchan__asked *a = s->asks < s->peer.max_ops ? (netchan__asked *)netchan__alloc(sizeof *a) : NULL;
+    netchan__asked *a = s->asked.count < s->peer.max_ops ? (netchan__asked *)netchan__alloc(sizeof *a) : NULL;
     if (a) a->text = netchan__copy_text(f->bytes, f->count);
-    if (!a || !a->text) {
+    if (!a || !a->text || !netchan__map_put(&s->asked, f->number, a)) {
+        if (a) NETCHAN_FREE(a->text);
         NETCHAN_FREE(a);
         netchan__breach(&s->peer, "it asked for more names than max_ops, or memory is short");
         return;
@@ -6566,23 +6603,16 @@ static void netchan__on_import(netchan__session *s, netchan__frame *f) {
     a->session = s;
     a->number = f->number;
     a->receives = receives;
-    a->next = h->asked;
-    h->asked = a;
-    s->asks++;
+    NETCHAN__LINK(h->asked, a, prev, next);
 }
 
 /* Forgets the questions of a session, or, if number is not 0, that one. */
-static void netchan__forget_asked(netchan__session *s, uint64_t number) {
-    for (netchan__asked **at = &s->hub->asked, *a = *at; a; a = *at) {
-        if (a->session != s || (number && a->number != number)) {
-            at = &a->next;
-            continue;
-        }
-        *at = a->next;
-        s->asks--;
-        NETCHAN_FREE(a->text);
-        NETCHAN_FREE(a);
-    }
+static void netchan__forget_asked(netchan__asked *a) {
+    if (!a) return;
+    NETCHAN__UNLINK(a->session->hub->asked, a, prev, next);
+    netchan__map_remove(&a->session->asked, a->number);
+    NETCHAN_FREE(a->text);
+    NETCHAN_FREE(a);
 }
 
 static void netchan__ask(netchan__session *s, netchan__wanted *w) {
@@ -6591,13 +6621,22 @@ static void netchan__ask(netchan__session *s, netchan__wanted *w) {
     f.flags = netchan__flag(w->receives, NETCHAN__END_RECEIVER) | netchan__flag(w->is_try, NETCHAN__TRY);
     f.bytes = (const uint8_t *)w->text;
     f.count = strlen(w->text);
+    if (!netchan__map_put(&s->questions, w->number, w)) return; /* out of memory: it is not asked */
     w->unanswered++;
     s->peer.emit(&s->peer, &f);
 }
 
+/* The session has answered, or will not any more. Returns whether it was still to answer. */
+static bool netchan__forget_question(netchan__session *s, netchan__wanted *w) {
+    if (!w || !netchan__map_get(&s->questions, w->number)) return false;
+    netchan__map_remove(&s->questions, w->number);
+    w->unanswered--;
+    return true;
+}
+
 static void netchan__on_imported(netchan__session *s, netchan__frame *f) {
     netchan__names names = netchan__names_of(&s->peer);
-    netchan__wanted *w = s->hub->wanted;
+    netchan__wanted *w = (netchan__wanted *)netchan__map_get(&s->questions, f->number);
     bool found = f->flags == NETCHAN__FOUND;
     if (found != (f->count == NETCHAN__END_SIZE) || f->flags > NETCHAN__OTHER_DIRECTION ||
         (found && f->bytes[0] & NETCHAN__YOURS)) {
@@ -6605,16 +6644,14 @@ static void netchan__on_imported(netchan__session *s, netchan__frame *f) {
         return;
     }
     netchan *end = found ? netchan__find_end(&names.ends, f->bytes) : NULL;
-    while (w && w->number != f->number) w = w->next;
+    netchan__forget_question(s, w);
     if (w && end && !w->end && end->may_receive == w->receives) {
         w->end = end;
         w->over = true;
-        w->unanswered -= w->unanswered != 0;
         return;
     }
     netchan_free(end); /* it is not wanted any more */
-    if (!w || w->over || !w->unanswered) return;
-    w->unanswered--;
+    if (!w || w->over) return;
     if (f->flags == NETCHAN__OTHER_DIRECTION) w->result = NETCHAN_ETYPE;
     if (!w->unanswered && (w->is_try || w->result == NETCHAN_ETYPE)) w->over = true;
 }
@@ -6622,13 +6659,35 @@ static void netchan__on_imported(netchan__session *s, netchan__frame *f) {
 static void netchan__on_naming(netchan__session *s, netchan__frame *f) {
     if (f->type == NETCHAN__IMPORT) netchan__on_import(s, f);
     else if (f->type == NETCHAN__IMPORTED) netchan__on_imported(s, f);
-    else if (f->number) netchan__forget_asked(s, f->number);
+    else netchan__forget_asked((netchan__asked *)netchan__map_get(&s->asked, f->number));
 }
 
 /* A session has begun, or its link is broken: who waits for a name asks, or does not wait for that. */
 static void netchan__ask_all(netchan__session *s) {
     for (netchan__wanted *w = s->hub->wanted; w; w = w->next)
         if (!w->is_try && !w->over) netchan__ask(s, w);
+}
+
+/* Nobody waits for the name any more. */
+static void netchan__end_wanted(netchan__hub *h, netchan__wanted *w) {
+    netchan__wanted **at = &h->wanted;
+    while (*at != w) at = &(*at)->next;
+    *at = w->next;
+    for (netchan__session *s = h->sessions; s; s = s->next)
+        if (netchan__forget_question(s, w) && !w->is_try)
+            netchan__emit_ids(&s->peer, NETCHAN__FORGET, 0, 0, 0, w->number, 0);
+}
+
+/* The session is over: those of both sides. */
+static void netchan__end_questions(netchan__session *s) {
+    netchan__asked *next;
+    for (netchan__asked *a = s->hub->asked; a; a = next) {
+        next = a->next;
+        if (a->session == s) netchan__forget_asked(a);
+    }
+    for (netchan__wanted *w = s->hub->wanted; w; w = w->next) netchan__forget_question(s, w);
+    netchan__map_free(&s->asked);
+    netchan__map_free(&s->questions);
 }
 
 static void netchan__end_asking(netchan__hub *h) {
@@ -6652,16 +6711,12 @@ static int netchan__add_name(netchan__hub *h, const char *text, netchan *ch, boo
     h->names = n;
     *(receives ? &ch->receiver_ends : &ch->sender_ends) += 1;
     *(receives ? &ch->receivers_lost : &ch->senders_lost) = false;
-    for (netchan__asked **at = &h->asked, *a = *at; a; a = *at) {
-        if (strcmp(a->text, text) != 0) {
-            at = &a->next;
-            continue;
-        }
-        *at = a->next;
-        a->session->asks--;
+    netchan__asked *next;
+    for (netchan__asked *a = h->asked; a; a = next) {
+        next = a->next;
+        if (strcmp(a->text, text) != 0) continue;
         netchan__answer_import(a->session, a->number, n, a->receives);
-        NETCHAN_FREE(a->text);
-        NETCHAN_FREE(a);
+        netchan__forget_asked(a);
     }
     return NETCHAN_OK;
 }
@@ -6753,7 +6808,7 @@ static void netchan__end_session(netchan__session *s, const char *reason) {
     h->orphans += merged;
     if (p->lane && !merged) p->lane->hub = NULL; /* it stays with its channel */
     netchan__unlink_session(s);
-    netchan__forget_asked(s, 0);
+    netchan__end_questions(s);
     netchan__end_asking(h);
     size_t undelivered = netchan__end_direct(p);
     netchan__session_lost(s);
@@ -7007,7 +7062,7 @@ static void netchan__on_hello(netchan__wire *w, netchan__reader *r) {
     memcpy(s->peer.process, process, sizeof s->peer.process);
     s->peer.their_message = netchan__clamp(max_message);
     s->peer.their_memory = netchan__clamp(max_memory);
-    s->peer.their_ends = netchan__clamp(max_ends);
+    s->peer.their_ends = netchan__clamp(max_ends < h->options.max_ends ? max_ends : h->options.max_ends);
     if (!h->dials) netchan__emit_hello(w, capacity);
     w->generation = 0; /* it may have asked for another session before */
     netchan__attach(s, w, 0);
@@ -9530,11 +9585,7 @@ static void netchan__await_import(netchan__endpoint *e, netchan__wanted *w, uint
         if (!(w->is_try && s->peer.down) && !s->peer.leaving) netchan__ask(s, w);
     bool in_time = !w->is_try || w->unanswered;
     while (!w->over && in_time && !h->hanging_up) in_time = netchan__wait_net(&e->changed, deadline);
-    netchan__wanted **at = &h->wanted;
-    while (*at != w) at = &(*at)->next;
-    *at = w->next;
-    for (netchan__session *s = w->is_try || !w->unanswered ? NULL : h->sessions; s; s = s->next)
-        netchan__emit_ids(&s->peer, NETCHAN__FORGET, 0, 0, 0, w->number, 0);
+    netchan__end_wanted(h, w);
 }
 
 NETCHANDEF int netchan_import(netchan_link *link, const char *name, enum netchan_type end, netchan **ch,

@@ -2077,7 +2077,7 @@ static void check_asked(const netchan__session *s, const netchan__session *other
         if (netchan__find_name(s->hub, a->text, strlen(a->text))) broken("%s is there, and was not answered", a->text);
         count++;
     }
-    if (count != s->asks) broken("%zu questions are counted, there are %zu", s->asks, count);
+    if (count != s->asked.count) broken("%zu questions are counted, there are %zu", s->asked.count, count);
 }
 
 /* What a home remembers of a peer must be what the peer has. */
@@ -2641,13 +2641,10 @@ static void step_unexport(port *p) {
 
 /* As netchan__await_import() ends. */
 static void end_import(port *p) {
-    netchan__wanted *w = p->wanted, **at = &p->hub.wanted;
+    netchan__wanted *w = p->wanted;
     be(p->node);
     lock_net();
-    while (*at != w) at = &(*at)->next;
-    *at = w->next;
-    for (netchan__session *s = w->is_try || !w->unanswered ? NULL : p->hub.sessions; s; s = s->next)
-        netchan__emit_ids(&s->peer, NETCHAN__FORGET, 0, 0, 0, w->number, 0);
+    netchan__end_wanted(&p->hub, w);
     unlock_net();
     trace("port %zu has asked for %s: %s", p->index, w->text, w->end ? "it is here" : netchan_strerror(w->result));
     if (w->result == NETCHAN_ETYPE) broken("a name is exported in the other direction");
