@@ -759,6 +759,7 @@ NETCHANDEF int netchan_fingerprint(const char *cert, char *out, size_t size);
 #include <mbedtls/ecp.h>
 #include <mbedtls/error.h>
 #include <mbedtls/md.h>
+#include <mbedtls/oid.h>
 #include <mbedtls/pk.h>
 #include <mbedtls/platform_util.h>
 #include <mbedtls/sha256.h>
@@ -2265,6 +2266,7 @@ static bool netchan__lane_room(netchan__lane *lane) {
     return true;
 }
 
+static void netchan__lane_has_room(netchan__lane *lane);
 static void netchan__lane_changed(netchan__lane *lane);
 
 /* There is room for something of this peer again, or there. */
@@ -2273,8 +2275,8 @@ static void netchan__has_room(netchan__peer *p) {
     p->waits = false;
     for (size_t i = 0; i < p->waiters.cap; i++)
         if (p->waiters.slots[i].key) netchan__mark_dirty(((netchan__waiter *)p->waiters.slots[i].item)->ch);
-    if (p->lane) netchan__lane_changed(p->lane);
-    if (p->direct) netchan__lane_changed(p->direct);
+    if (p->lane) netchan__lane_has_room(p->lane); /* nothing is handed back before it is accepted */
+    if (p->direct) netchan__lane_has_room(p->direct);
 }
 
 /* Counts what a slot occupies, for the lane and for the peer that sent the value; a peer with a lane of its own is
@@ -2753,9 +2755,8 @@ static void netchan__hand_back(netchan__lane *lane) {
     }
 }
 
-/* Something left the lane's buffer or its queue: who waits may come in, the peer may send more. */
-static void netchan__lane_changed(netchan__lane *lane) {
-    if (lane->returning) netchan__hand_back(lane);
+/* There may be room: who waits may come in, the peer may send more. */
+static void netchan__lane_has_room(netchan__lane *lane) {
     netchan__lend(lane);
     netchan__update_ready(lane);
     if (!netchan__is_net(lane->ch)) return;
@@ -2765,6 +2766,12 @@ static void netchan__lane_changed(netchan__lane *lane) {
     lane->is_changed = true;
     lane->next_changed = *list;
     *list = lane;
+}
+
+/* Something entered or left the lane's buffer or its queue. */
+static void netchan__lane_changed(netchan__lane *lane) {
+    if (lane->returning) netchan__hand_back(lane);
+    netchan__lane_has_room(lane);
 }
 
 /* Can this party be locked here and now? NULL stands for the buffer. */
@@ -7381,6 +7388,8 @@ static pthread_mutex_t netchan__tls_lock = PTHREAD_MUTEX_INITIALIZER;
 
 enum {
     NETCHAN__KEY_MIN = 32,        /* characters: 128 bits even if each carries only 4, as RFC 9257 section 6 asks */
+    NETCHAN__KEYS_MAX = 8,        /* of options.shared_key: a dialler needs a handshake for each */
+    NETCHAN__PINS_MAX = 1024,
     NETCHAN__TEXT_MAX = 1 << 20,  /* bytes of a file that an option names */
     NETCHAN__CALLBACK_MAX = 65536 /* bytes of a text that options.load may give */
 };
@@ -7465,6 +7474,10 @@ static int netchan__read_file(const netchan_options *o, const char *field, const
         if (S_ISDIR(s.st_mode)) why = "it is a directory";
         else if (s.st_size > NETCHAN__TEXT_MAX) why = "it is larger than 1 MiB";
         else result = netchan__read_fd(fd, S_ISREG(s.st_mode) ? (size_t)s.st_size : (size_t)NETCHAN__CALLBACK_MAX, t);
+        if (result == NETCHAN_OK && !S_ISREG(s.st_mode) && t->size == NETCHAN__CALLBACK_MAX) {
+            result = NETCHAN_EINVAL;
+            why = "it is no file, and gives 64 KiB or more";
+        }
     }
     if (result == NETCHAN_ENOMEM) netchan__fail_memory("reading a file of the options");
     else if (result != NETCHAN_OK)
@@ -7494,14 +7507,28 @@ static int netchan__read_callback(const netchan_options *o, const char *field, c
     return NETCHAN_OK;
 }
 
+/* What came from elsewhere has something in it, and what is no certificate has no NUL. */
+static int netchan__check_text(const char *field, const char *value, const char *text, size_t size) {
+    bool binary = field[0] == 'c'; /* DER */
+    if (strspn(text, " \t\r\n") == size)
+        return netchan__fail(NETCHAN_EINVAL, "options.%s: \"%.200s\" is empty", field, value);
+    if (!binary && strlen(text) != size)
+        return netchan__fail(NETCHAN_EINVAL, "options.%s: \"%.200s\" has a NUL in it; it must be text", field, value);
+    return NETCHAN_OK;
+}
+
 /* Called without locks. plain: what the option is without "file:" or "callback:": itself, or, unless it is PEM text, a
  * path. Returns OK, EINVAL or ENOMEM; what is in *t is to be freed in each case. */
 static int netchan__read_text(const netchan_options *o, const char *field, const char *value, netchan__text *t) {
     bool pem = field[0] == 'c', secret = strstr(field, "key") != NULL; /* ca, cert, cert_key */
     if (!value) return NETCHAN_OK;
-    if (netchan__begins(value, "callback:")) return netchan__read_callback(o, field, value + 9, t);
-    if (netchan__begins(value, "file:")) return netchan__read_file(o, field, value + 5, secret, t);
-    if (pem && !netchan__is_pem(value)) return netchan__read_file(o, field, value, secret, t);
+    bool calls = netchan__begins(value, "callback:"), file = netchan__begins(value, "file:");
+    if (calls || file || (pem && !netchan__is_pem(value))) {
+        int result = calls ? netchan__read_callback(o, field, value + 9, t)
+                           : netchan__read_file(o, field, value + (file ? 5 : 0), secret, t);
+        if (result != NETCHAN_OK) return result;
+        return netchan__check_text(field, value, t->data, calls ? strlen(t->data) : t->size);
+    }
     if (secret && !pem && access(value, F_OK) == 0)
         return netchan__fail(NETCHAN_EINVAL, "options.%s is the name of a file; write \"file:\" before it to use what "
                                              "is in the file", field);
@@ -7581,6 +7608,9 @@ static bool netchan__parse_pin(const char *text, size_t size, uint8_t *hash) {
 static int netchan__set_pins(netchan__tls *t, const char *text) {
     static const char separators[] = " \t\r\n,";
     size_t count = netchan__count_words(text, separators), size;
+    if (count > NETCHAN__PINS_MAX)
+        return netchan__fail(NETCHAN_EINVAL, "options.pin has %zu pins, and may have at most %d", count,
+                             NETCHAN__PINS_MAX);
     t->pins = (uint8_t *)netchan__alloc(count * 32);
     if (!t->pins) return netchan__fail_memory("options.pin");
     for (const char *word; (word = netchan__next_word(&text, separators, &size)) != NULL; t->pin_count++)
@@ -7632,16 +7662,30 @@ static int netchan__set_shared_key(netchan__key *key, const char *text, size_t l
     return e ? netchan__tls_fail(NETCHAN_ENOMEM, e, "the shared key could not be set") : NETCHAN_OK;
 }
 
+/* The next of several keys: a line, without blanks at its ends. Returns NULL after the last. */
+static const char *netchan__next_key(const char **at, size_t *size) {
+    const char *line;
+    while ((line = netchan__next_word(at, "\r\n", size)) != NULL) {
+        for (; *size && (*line == ' ' || *line == '\t'); line++) --*size;
+        while (*size && (line[*size - 1] == ' ' || line[*size - 1] == '\t')) --*size;
+        if (*size) break;
+    }
+    return line;
+}
+
 static int netchan__set_shared_keys(netchan__tls *t, const char *text) {
-    static const char separators[] = "\r\n";
-    size_t count = netchan__count_words(text, separators), size;
+    size_t count = 0, size;
+    for (const char *at = text; netchan__next_key(&at, &size);) count++;
     if (!count) return netchan__set_shared_key(NULL, "", 0); /* says that it can be guessed */
+    if (count > NETCHAN__KEYS_MAX)
+        return netchan__fail(NETCHAN_EINVAL, "options.shared_key has %zu keys, and may have at most %d", count,
+                             NETCHAN__KEYS_MAX);
     t->keys = (netchan__key *)netchan__alloc(count * sizeof *t->keys);
     if (!t->keys) return netchan__fail_memory("options.shared_key");
     int result = NETCHAN_OK;
     t->key_count = count;
     for (size_t i = 0; i < count && result == NETCHAN_OK; i++) {
-        const char *word = netchan__next_word(&text, separators, &size);
+        const char *word = netchan__next_key(&text, &size);
         result = netchan__set_shared_key(&t->keys[i], word, size);
     }
     return result;
@@ -7699,6 +7743,11 @@ static int netchan__set_cert(netchan__tls *t, const netchan__texts *texts) {
         return netchan__tls_fail(NETCHAN_EINVAL, e, "options.cert_key is no private key that can be read");
     if (mbedtls_pk_check_pair(&t->cert.pk, &t->key, mbedtls_psa_get_random, MBEDTLS_PSA_RANDOM_STATE))
         return netchan__fail(NETCHAN_EINVAL, "options.cert_key is not the key of options.cert");
+    const char *use = t->dials ? MBEDTLS_OID_CLIENT_AUTH : MBEDTLS_OID_SERVER_AUTH;
+    if (mbedtls_x509_crt_check_key_usage(&t->cert, MBEDTLS_X509_KU_DIGITAL_SIGNATURE) ||
+        mbedtls_x509_crt_check_extended_key_usage(&t->cert, use, strlen(use)))
+        return netchan__fail(NETCHAN_EINVAL, "options.cert is not for TLS %s (key usage)",
+                             t->dials ? "clients" : "servers");
     e = netchan__hash_key(&t->cert, t->own);
     return e ? netchan__tls_fail(NETCHAN_ENOMEM, e, "the certificate could not be set") : NETCHAN_OK;
 }
@@ -7721,6 +7770,12 @@ static int netchan__check_trust(const netchan_options *o) {
     if (ways > 1)
         return netchan__fail(NETCHAN_EINVAL,
                              "more than one of options.shared_key, .pin, .ca and .insecure is set; choose one");
+    if (o->ca && !o->cert)
+        return netchan__fail(NETCHAN_EINVAL,
+                             "options.ca needs options.cert and options.cert_key: the other side asks for a "
+                             "certificate, too");
+    if (o->shared_key && (o->cert || o->cert_key))
+        return netchan__fail(NETCHAN_EINVAL, "options.cert and options.cert_key are of no use with options.shared_key");
     if (o->peer_name && !o->ca)
         return netchan__fail(NETCHAN_EINVAL, "options.peer_name needs options.ca, which vouches for names");
     if (o->peer_name && (!*o->peer_name || strlen(o->peer_name) > MBEDTLS_SSL_MAX_HOST_NAME_LEN))
@@ -7869,7 +7924,8 @@ static void netchan__tell_reason(const netchan__stream *s, char *out, size_t siz
     const char *reason = s->reason, *who = "";
     for (int i = 0; i < 2 && !*who; i++)
         if (netchan__begins(reason, from[i])) who = to[i], reason += strlen(from[i]);
-    const char *end = s->tls->pin_count ? strstr(reason, ", and options.pin") : NULL;
+    bool pinned = s->tls->pin_count && netchan__begins(s->reason, "its key is ");
+    const char *end = pinned ? strstr(reason, ", and options.pin") : NULL;
     int length = end ? (int)(end - reason) : (int)strlen(reason);
     snprintf(out, size, "%s%.*s%s", who, length, reason, end ? ", which is not pinned here" : "");
 }
@@ -7884,6 +7940,10 @@ static const char *const netchan__alpn[] = {"netchan/1", NULL};
  * update here, and mbedTLS 3.6 encrypts with it at least as fast as with AES-GCM. */
 static const int netchan__ciphersuites[] = {MBEDTLS_TLS1_3_CHACHA20_POLY1305_SHA256, MBEDTLS_TLS1_3_AES_128_GCM_SHA256,
                                             MBEDTLS_TLS1_3_AES_256_GCM_SHA384, 0};
+
+/* Fast ones only: with ffdhe8192 a stranger could make each handshake cost most of a second. */
+static const uint16_t netchan__groups[] = {MBEDTLS_SSL_IANA_TLS_GROUP_X25519, MBEDTLS_SSL_IANA_TLS_GROUP_SECP256R1,
+                                           MBEDTLS_SSL_IANA_TLS_GROUP_SECP384R1, MBEDTLS_SSL_IANA_TLS_GROUP_NONE};
 
 /* A peer's certificate is asked for also where anybody is trusted, so that options.allow and link->accept have an
  * identity. A listener looks at it after the handshake, so that it can say what is wrong with it; a dialler within, as
@@ -7905,6 +7965,7 @@ static int netchan__conf_make(netchan__tls *t, mbedtls_ssl_config *conf, const n
     mbedtls_ssl_conf_min_tls_version(conf, MBEDTLS_SSL_VERSION_TLS1_3);
     mbedtls_ssl_conf_max_tls_version(conf, MBEDTLS_SSL_VERSION_TLS1_3);
     mbedtls_ssl_conf_ciphersuites(conf, netchan__ciphersuites);
+    mbedtls_ssl_conf_groups(conf, netchan__groups);
     mbedtls_ssl_conf_rng(conf, mbedtls_psa_get_random, MBEDTLS_PSA_RANDOM_STATE);
 #if defined(MBEDTLS_SSL_SESSION_TICKETS) && defined(MBEDTLS_SSL_CLI_C)
     mbedtls_ssl_conf_session_tickets(conf, MBEDTLS_SSL_SESSION_TICKETS_DISABLED);
@@ -8043,22 +8104,25 @@ static int netchan__stream_write(netchan__stream *s, const uint8_t *data, size_t
     return 0;
 }
 
-/* The other side does not want us, or shows that it knows other keys. */
-static void netchan__explain_refusal(netchan__stream *s, bool alert) {
+/* The other side does not want us, or shows that it knows other keys. alert: what it says, or 0. */
+static void netchan__explain_refusal(netchan__stream *s, unsigned alert) {
     const netchan__tls *t = s->tls;
+    const char *kind = t->has_ca ? "ca" : t->pin_count ? "pin" : "insecure";
     char own[NETCHAN_FINGERPRINT_SIZE], *out = s->reason;
     size_t size = sizeof s->reason;
     if (t->key_count && !t->dials)
         snprintf(out, size, "it does not prove our shared_key: it offered none, and may use pin, ca or insecure");
     else if (t->key_count) {
         netchan__print_key_id(s->key->id, own);
-        snprintf(out, size, "it does not accept our shared_key, \"%s\": the keys differ, or it expects none", own);
-    } else if (alert) {
+        snprintf(out, size, "it does not accept our shared_key, \"%s\"%s: the keys differ, or it expects none", own,
+                 t->key_count > 1 ? " or another of ours" : "");
+    } else if (alert && alert != MBEDTLS_SSL_ALERT_MSG_HANDSHAKE_FAILURE) {
         netchan__print_fingerprint(t->own, own);
         snprintf(out, size, "it does not accept our certificate, whose key is %s: it expects another key, name or CA, "
                             "or another kind of trust (shared_key)", own);
     } else
-        snprintf(out, size, "it cannot agree on a cipher with us, or expects another kind of trust (shared_key)");
+        snprintf(out, size, "it has no certificate for us, or cannot agree on a cipher, or expects another kind of "
+                            "trust (shared_key) than options.%s", kind);
 }
 
 /* Sets the reason why TLS failed, unless it is known. Returns whether trust was it, so that trying again is no use. */
@@ -8066,17 +8130,20 @@ static bool netchan__explain(netchan__stream *s, int error) {
     const char *reason = NULL;
     char text[128];
     bool final = true, known = s->reason[0] != '\0';
+    unsigned alert = error == MBEDTLS_ERR_SSL_FATAL_ALERT_MESSAGE ? s->ssl.MBEDTLS_PRIVATE(in_msg)[1] : 0;
+    if (alert == MBEDTLS_SSL_ALERT_MSG_PROTOCOL_VERSION) error = MBEDTLS_ERR_SSL_BAD_PROTOCOL_VERSION;
+    if (alert == MBEDTLS_SSL_ALERT_MSG_NO_APPLICATION_PROTOCOL) error = MBEDTLS_ERR_SSL_NO_APPLICATION_PROTOCOL;
     switch (error) {
-    case MBEDTLS_ERR_X509_CERT_VERIFY_FAILED:
+    case MBEDTLS_ERR_X509_CERT_VERIFY_FAILED: case MBEDTLS_ERR_SSL_BAD_CERTIFICATE:
         if (!known) netchan__is_trusted(s); /* says why not */
         return true;
     case MBEDTLS_ERR_SSL_INVALID_MAC: case MBEDTLS_ERR_SSL_FATAL_ALERT_MESSAGE:
         if (s->has_read) break;
-        if (!known) netchan__explain_refusal(s, true);
+        if (!known) netchan__explain_refusal(s, alert ? alert : MBEDTLS_SSL_ALERT_MSG_BAD_CERT);
         return true;
     case MBEDTLS_ERR_SSL_HANDSHAKE_FAILURE: case MBEDTLS_ERR_SSL_ILLEGAL_PARAMETER:
     case MBEDTLS_ERR_SSL_UNKNOWN_IDENTITY: case MBEDTLS_ERR_SSL_PRIVATE_KEY_REQUIRED:
-        if (!known) netchan__explain_refusal(s, false);
+        if (!known) netchan__explain_refusal(s, 0);
         return true;
     case MBEDTLS_ERR_SSL_BAD_PROTOCOL_VERSION:
         reason = "it does not speak TLS 1.3, which is the only version here";
@@ -8126,7 +8193,7 @@ NETCHANDEF int netchan_key_id(const char *shared_key, char *out, size_t size) {
                              NETCHAN_KEY_ID_SIZE, size);
     int result = netchan__read_text(NULL, "shared_key", shared_key, &text);
     if (result == NETCHAN_OK) {
-        const char *at = text.data, *word = netchan__next_word(&at, "\r\n", &length);
+        const char *at = text.data, *word = netchan__next_key(&at, &length);
         result = netchan__set_shared_key(&key, word ? word : "", length);
     }
     netchan__text_free(&text);
@@ -8361,11 +8428,14 @@ static bool netchan__flush_fd(int fd, netchan__buf *out) {
  * holds except while it waits, encrypts, decrypts, logs and asks options.allow.
  *
  * A stranger is a connection that was not greeted yet. Invariants.
- *   L1  A listener has at most NETCHAN__HANDSHAKES_MAX strangers, each of them for NETCHAN__HANDSHAKE_MS at most. When
- *       all places are taken, those that were there for NETCHAN__STALL_MS give way, and others wait in the kernel.
- *   L2  Under pressure, which is many strangers or many failures, an address whose handshakes fail has a burst of tries
- *       and then a few a second, and strangers get a quarter of this thread's time. Who succeeds costs nobody a try, so
- *       that a thousand peers may come back at once.
+ *   L1  A listener has about NETCHAN__HANDSHAKES_MAX strangers at most, each of them for NETCHAN__HANDSHAKE_MS at most.
+ *       Half of the places are for those whose ClientHello was answered, half for those who have not said one, and
+ *       among each the oldest gives way: who has the key speaks at once, and is among the latter for a moment only,
+ *       however many are silent.
+ *   L2  Peers are served first, then strangers who were answered, then the others, the newest first, and these for
+ *       NETCHAN__SLICE_US at a time. Under pressure, which is many strangers or many failures, strangers get a quarter
+ *       of this thread's time, and an address whose handshakes fail has a burst of tries and then a few a second. Who
+ *       succeeds costs nobody a try, so that a thousand peers may come back at once.
  *   L3  Strangers are told of as events so many a second, and never in place of other events.
  * ================================================================================================================== */
 
@@ -8375,7 +8445,6 @@ enum {
     NETCHAN__HANDSHAKES_MAX = 256,
     NETCHAN__ACCEPTS = 16,             /* at a time */
     NETCHAN__HANDSHAKE_MS = 10000,
-    NETCHAN__STALL_MS = 1000,          /* three times what a handshake takes over a satellite */
     NETCHAN__PRESSURE = 64,            /* strangers, or failures in a burst; then as many as NETCHAN__FAIL_MS tells */
     NETCHAN__FAIL_MS = 20,
     NETCHAN__TRIES = 16,               /* of one address in a burst; then one in NETCHAN__TRY_MS */
@@ -8384,6 +8453,8 @@ enum {
     NETCHAN__TELL_MS = 250,
     NETCHAN__ORIGINS = 256,            /* addresses whose failures are remembered */
     NETCHAN__SLICE_US = 2000,          /* of strangers at a time, then the others have their turn */
+    NETCHAN__PRESSED_US = 500,         /* likewise, under pressure; then strangers wait for three times as long, */
+    NETCHAN__REST_US = 1000,           /* and at least so long */
     NETCHAN__FLUSH_MS = 1000,          /* for the last words to who is turned away */
     NETCHAN__ACCEPT_PAUSE_MS = 100,    /* when there are no descriptors left, or the like */
     NETCHAN__CHECK_MS = 500,
@@ -8408,6 +8479,7 @@ struct netchan__conn {
     uint64_t origin, since;        /* since: nanoseconds */
     netchan__conn *newer, *older;  /* of the endpoint's strangers */
     bool stranger;     /* it was not greeted yet */
+    bool answered;     /* a stranger whose ClientHello was answered: only who can go on will say more */
     bool closing;      /* it has failed, and its last words are on the way */
     uint64_t deadline; /* nanoseconds; until it was greeted, or for the last words */
 };
@@ -8428,7 +8500,7 @@ struct netchan__endpoint {
     unsigned failures;      /* in a row */
     int failure;            /* dialling: why the first connection is given up */
     char failure_text[320]; /* the last reason why there was no connection */
-    size_t conns, strangers;
+    size_t conns, strangers, answered; /* answered: of the strangers */
     netchan__conn *newest, *oldest; /* of strangers. I/O thread */
     uint64_t failed, told;  /* listening: buckets of handshakes that failed, and of events about them */
     size_t untold;          /* strangers that were turned away and not told of */
@@ -8442,6 +8514,7 @@ struct netchan__endpoint {
 typedef struct netchan__watched {
     netchan__conn *conn;
     netchan__endpoint *listener;
+    int rank;
 } netchan__watched;
 
 /* Net, but for what says otherwise. */
@@ -8580,6 +8653,7 @@ static void netchan__remove_stranger(netchan__conn *c) {
     else e->oldest = c->newer;
     c->stranger = false;
     e->strangers--;
+    e->answered -= c->answered;
 }
 
 /* Dialling: when to try next, and where: the next address at once, after the last one a pause. */
@@ -8700,21 +8774,17 @@ static void netchan__dial_now(netchan__endpoint *e, uint64_t now) {
     if (!e->trial) netchan__schedule_dial(e, now);
 }
 
-/* Whether there is a place for one more stranger (L1). If not, some of who has stalled give way at the next tick. */
-static bool netchan__has_place(netchan__endpoint *e, uint64_t now) {
-    netchan__conn *c = e->oldest;
-    if (e->strangers < NETCHAN__HANDSHAKES_MAX) return true;
-    for (int i = 0; i < NETCHAN__ACCEPTS && c; i++, c = c->newer) {
-        uint64_t stalled = netchan__after(c->since, NETCHAN__STALL_MS);
-        if (stalled > now) {
-            netchan__tick_before(stalled);
-            return false;
-        }
-        if (c->deadline <= now || c->closing) continue;
+/* When one kind of strangers has more than half of the places, its oldest give way at the next tick (L1). */
+static void netchan__give_way(netchan__endpoint *e, bool answered, uint64_t now) {
+    size_t count = answered ? e->answered : e->strangers - e->answered;
+    netchan__conn *c = count > NETCHAN__HANDSHAKES_MAX / 2 ? e->oldest : NULL;
+    for (size_t over = c ? count - NETCHAN__HANDSHAKES_MAX / 2 : 0; c && over; c = c->newer) {
+        if (c->answered != answered) continue;
+        over--;
+        if (c->closing || c->deadline <= now) continue;
         c->deadline = now;
         netchan__io.next_tick = 0;
     }
-    return false;
 }
 
 /* Ends a connection of which nothing was read, without a trace in the kernel. */
@@ -8743,12 +8813,13 @@ static void netchan__admit(netchan__endpoint *e, int fd, const netchan__address 
 
 static void netchan__accept_all(netchan__endpoint *e) {
     uint64_t now = netchan__now_ns();
-    for (int i = 0; i < NETCHAN__ACCEPTS && netchan__has_place(e, now); i++) { /* then the others have their turn */
+    for (int i = 0; i < NETCHAN__ACCEPTS; i++) { /* then the others have their turn */
         netchan__address a;
         a.size = sizeof a.storage;
         int fd = netchan__own_fd(accept4(e->fd, (struct sockaddr *)(void *)&a.storage, &a.size, NETCHAN__CLOEXEC));
         if (fd >= 0) {
             netchan__admit(e, fd, &a, now);
+            netchan__give_way(e, false, now);
             continue;
         }
         if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR || errno == ECONNABORTED) return;
@@ -8851,6 +8922,16 @@ static int netchan__conn_decrypt(netchan__conn *c) {
     }
 }
 
+/* What is to be sent to a stranger is the answer to a whole ClientHello. */
+static void netchan__note_answer(netchan__conn *c) {
+    if (c->answered || !c->stranger || c->endpoint->hub.dials || !netchan__buf_size(&c->stream.out)) return;
+    pthread_mutex_lock(&netchan__net_lock);
+    c->answered = true;
+    c->endpoint->answered++;
+    netchan__give_way(c->endpoint, true, netchan__now_ns());
+    pthread_mutex_unlock(&netchan__net_lock);
+}
+
 /* The socket is readable. Returns false when the connection is over; reason and fatal tell why. */
 static bool netchan__conn_read(netchan__conn *c, bool *fatal) {
     for (int i = 0; i < 4; i++) { /* then the others have their turn */
@@ -8865,6 +8946,7 @@ static bool netchan__conn_read(netchan__conn *c, bool *fatal) {
         c->stream.in = netchan__io.cipher;
         c->stream.in_left = (size_t)n;
         int error = netchan__conn_decrypt(c);
+        netchan__note_answer(c);
         if (error) {
             *fatal = netchan__explain(&c->stream, error);
             netchan__flush_fd(c->fd, &c->stream.out); /* the alert, so that the other side learns why */
@@ -9007,19 +9089,26 @@ static bool netchan__poll_room(size_t count) {
     return true;
 }
 
+/* In this order they are served: who is no stranger, who was answered, listeners and the others, the newest first. */
+static int netchan__rank(const netchan__watched *w) {
+    const netchan__conn *c = w->conn;
+    return !c ? 2 : !c->stranger || c->endpoint->hub.dials ? 0 : c->answered ? 1 : 2;
+}
+
 static void netchan__poll_add(size_t i, int fd, short events, netchan__conn *c, netchan__endpoint *e) {
     netchan__io.polls[i].fd = fd;
     netchan__io.polls[i].events = events;
     netchan__io.polls[i].revents = 0;
     netchan__io.watched[i].conn = c;
     netchan__io.watched[i].listener = e;
+    netchan__io.watched[i].rank = netchan__rank(&netchan__io.watched[i]);
 }
 
 /* Who hangs up leaves strangers to its successor, unless one of them may be a peer that comes back. */
 static bool netchan__accepts(netchan__endpoint *e, uint64_t now) {
     const netchan__hub *h = &e->hub;
     bool open = !h->dials && !e->stopping && !e->next_accept && (!h->hanging_up || h->peers);
-    return open && netchan__has_place(e, now);
+    return open && (now >= netchan__io.strangers_from || !netchan__under_pressure(e, now));
 }
 
 /* Fills the arrays for poll(); when memory is short, as far as they go. Returns how many. */
@@ -9036,8 +9125,8 @@ static size_t netchan__collect_polls(void) {
     for (netchan__conn *c = netchan__io.conns; c && n < count; c = c->next) {
         bool writes = c->state == NETCHAN__CONNECTING || netchan__buf_size(&c->stream.out);
         bool reads = c->state != NETCHAN__CONNECTING && !c->closing;
-        bool waits = c->wire.paused || (c->stranger && now < netchan__io.strangers_from);
-        int fd = waits ? -1 : c->fd; /* not even its end is news then */
+        if (c->stranger && !c->endpoint->hub.dials && now < netchan__io.strangers_from) continue;
+        int fd = c->wire.paused ? -1 : c->fd; /* not even its end is news then */
         netchan__poll_add(n++, fd, (short)((reads ? POLLIN : 0) | (writes ? POLLOUT : 0)), c, NULL);
     }
     return n;
@@ -9062,34 +9151,35 @@ static void netchan__send_pending(void) {
     }
 }
 
-/* A stranger has news. Under pressure strangers wait for three times as long as it took (L2). */
-static void netchan__serve_stranger(netchan__conn *c, short events) {
-    netchan__endpoint *e = c->endpoint;
-    uint64_t begin = netchan__now_ns();
-    bool pressed = !e->hub.dials && netchan__under_pressure(e, begin);
+/* News of a listener or of a stranger. */
+static void netchan__serve_stranger(const netchan__watched *w, short events) {
+    if (!w->conn) {
+        netchan__accept_all(w->listener);
+        return;
+    }
     netchan__io_unlock();
-    netchan__conn_ready(c, events);
+    netchan__conn_ready(w->conn, events);
     pthread_mutex_lock(&netchan__net_lock);
-    uint64_t end = netchan__now_ns();
-    if (pressed) netchan__io.strangers_from = end + 3 * (end - begin);
 }
 
-/* poll() has news of some of the first count. Listeners come first; closing a connection removes no other. */
+/* poll() has news of some of the first count. Closing a connection removes no other. */
 static void netchan__serve_polls(size_t count) {
-    uint64_t strangers_until = netchan__now_ns() + NETCHAN__SLICE_US * 1000u;
-    for (size_t i = 1; i < count; i++) {
-        short events = netchan__io.polls[i].revents;
-        netchan__conn *c = netchan__io.watched[i].conn;
-        if (!events) continue;
-        if (!c) netchan__accept_all(netchan__io.watched[i].listener);
-        else if (!c->stranger) {
-            netchan__io_unlock();
-            netchan__conn_ready(c, events);
-            pthread_mutex_lock(&netchan__net_lock);
-        } else {
-            uint64_t now = netchan__now_ns();
-            if (now < strangers_until && now >= netchan__io.strangers_from) netchan__serve_stranger(c, events);
+    bool pressed = false, polled = false;
+    uint64_t begin = netchan__now_ns();
+    for (netchan__endpoint *e = netchan__io.endpoints; e; e = e->next)
+        pressed |= !e->hub.dials && netchan__under_pressure(e, begin);
+    for (int rank = 0; rank < 3; rank++) {
+        uint64_t start = netchan__now_ns(), until = start + (pressed ? NETCHAN__PRESSED_US : NETCHAN__SLICE_US) * 1000u;
+        for (size_t i = 1; i < count; i++) {
+            netchan__watched *w = &netchan__io.watched[i];
+            short events = netchan__io.polls[i].revents;
+            if (w->rank != rank) continue;
+            polled |= rank > 0;
+            if (events && (!rank || netchan__now_ns() < until)) netchan__serve_stranger(w, events);
         }
+        uint64_t end = netchan__now_ns(), rest = 3 * (end - start);
+        if (rest < NETCHAN__REST_US * 1000u) rest = NETCHAN__REST_US * 1000u;
+        if (rank && pressed && polled) netchan__io.strangers_from = end + rest;
     }
 }
 

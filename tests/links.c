@@ -2159,7 +2159,7 @@ static void test_hangup_in_the_middle_of_traffic(void) {
         netchan *send = netchan_retain(d->send);
         tally t;
         stream s = {send, 0, 0};
-        tally_begin(&t, NULL, l->recv, 2, 100000, false);
+        tally_begin(&t, NULL, l->recv, 2, 1000000, false);
         pthread_t thread = test_start(send_until_closed, &s);
         while (__atomic_load_n(&t.total, __ATOMIC_ACQUIRE) < 20) sched_yield();
         netchan_report report = {0, 0, 0};

@@ -556,6 +556,38 @@ static inline raw *raw_admit(const door *d, uint64_t capacity) {
     return r;
 }
 
+/* A dialler comes to go on with the session that raw_admit() gave it, and proves it. */
+static inline claim read_resume(raw *r) {
+    static const badge right;
+    claim m;
+    frame f;
+    bytes proof;
+    proof.size = 0;
+    set_up_tls(r, &right, true);
+    CHECK_INT(shake_hands(r), 0);
+    CHECK(raw_frame(r, &f));
+    CHECK_INT(f.type, RESUME);
+    CHECK_INT(f.size, 16 + 1 + 1 + 32);
+    memcpy(m.id, f.body, 16);
+    for (int i = 1; i < 16; i++) CHECK_INT(m.id[i], m.id[0]);
+    memset(m.secret, 0x77, sizeof m.secret);
+    memcpy(m.binding, r->binding, sizeof m.binding);
+    f.at = 16;
+    m.generation = get_number(&f);
+    m.received = get_number(&f);
+    put_proof(&proof, &m, 'D');
+    check_rest(&f, proof.data, proof.size);
+    return m;
+}
+
+static inline void put_resumed(bytes *b, const claim *m, char role) {
+    bytes body;
+    body.size = 0;
+    put_number(&body, m->received);
+    put_proof(&body, m, role);
+    put_frame(b, RESUMED, NULL, 0, body.data, body.size);
+}
+
 /* --- channel ends in values --------------------------------------------------------------------------------------- */
 
 enum { RECEIVES = 1, YOURS = 2, FAR = 4, IS_CLOSING = 8, IS_CLOSED = 16, IS_GONE = 32 }; /* the first byte of a name */
