@@ -86,9 +86,10 @@
  *   netchan_as_chan() borrows it from the value, netchan_retain() keeps it. The same channel sent twice is the same
  *   end; an end that comes back over the link it came by is the channel again. When the last holder of an end lets go
  *   of it, or nobody ever receives the value it is in, the other side forgets it as well; cycles of ends (a channel
- *   that lies in a channel of the other side, and the other way round) live until the session ends. An end that is
- *   passed on to a third process is relayed by the second, and works as long as that lives and both links' sessions
- *   last. A send through an end takes one round trip, also into a buffer.
+ *   that lies in a channel of the other side, and the other way round) live until the session ends, and a channel that
+ *   lies in its own buffer until somebody receives it: empty what strangers may fill. An end that is passed on to a
+ *   third process is relayed by the second, and works as long as that lives and both links' sessions last. A send
+ *   through an end takes one round trip, also into a buffer.
  *
  *   When a session is lost, or said farewell, its ends lead nowhere: what waits on them ends with ELOST (EUNKNOWN,
  *   where only the other side knew), and so does all that comes later. Where the channel was made, receives end with
@@ -679,7 +680,7 @@ NETCHANDEF int netchan_unexport(netchan_link *link, const char *name);
 /* Imports what the other side of the link (of a listening link: whichever peer has it first) exports by this name,
  * waiting until it does. *ch is then an end, and the caller's: netchan_free() it. Returns OK; ETIMEDOUT when nobody
  * exported it in time, with NETCHAN_NOWAIT when there is no such name now; ETYPE when it is exported in the other
- * direction; ECLOSED when the link is being hung up; EINVAL. *ch is NULL then. */
+ * direction; ECLOSED when the link is being hung up; EINVAL; ENOMEM. *ch is NULL then. */
 NETCHANDEF int netchan_import(netchan_link *link, const char *name, enum netchan_type end, netchan **ch,
                               int timeout_ms);
 
@@ -2995,6 +2996,19 @@ static void netchan__pair(netchan *ch) {
     else netchan__finish_lost(ch);
 }
 
+/* The same when all that is new is this receiver: who waited before it had its chance (I2), and may be many. */
+static void netchan__pair_receiver(netchan *ch, netchan__waiter *r) {
+    netchan__lane *next;
+    for (netchan__lane *lane = ch->ready; lane; lane = next) {
+        next = lane->next_ready;
+        if (!netchan__serve_one(lane, r)) continue;
+        netchan__pair(ch);
+        return;
+    }
+    if (ch->closing && !ch->closed) netchan__finish_close(ch);
+    else netchan__finish_lost(ch);
+}
+
 /* The first waiter whose operation could be ended here: now that of nobody else. */
 static netchan__waiter *netchan__seize(netchan__queue *q) {
     netchan__waiter *w = q->head;
@@ -4385,7 +4399,8 @@ static void netchan__on_waiter(netchan__peer *p, netchan__frame *f) {
     netchan__enqueue(netchan__queue_of(w), w, false);
     if (w->lane) netchan__fill(w->lane);
     else if (p->direct && p->direct->ch == ch) netchan__serve_only(p->direct);
-    netchan__pair(ch); /* w may be gone now */
+    if (w->is_send || !w->queue) netchan__pair(ch); /* w may be gone now */
+    else netchan__pair_receiver(ch, w);
     w = (netchan__waiter *)netchan__map_get(&p->waiters, f->entry);
     if (!w || !w->is_try) return;
     w->withdrawn = true; /* if it is in a match: when that falls through */
@@ -5000,8 +5015,7 @@ static void netchan__give_back(pthread_mutex_t *lock) {
         netchan__settle();
         if (netchan__net.wake && netchan__net.polling) {
             netchan__net.polling = false;
-            ssize_t ignored = write(netchan__net.wake_fd, "", 1); /* a full pipe wakes as well */
-            (void)ignored;
+            while (write(netchan__net.wake_fd, "", 1) < 0 && errno == EINTR) continue; /* a full pipe wakes as well */
         }
         netchan__net.wake = false;
     }
@@ -6568,6 +6582,10 @@ static void netchan__answer_import(netchan__session *s, uint64_t number, netchan
     bool full = s->peer.exports.count >= s->peer.their_ends;
     bool fits = n && n->receives == receives && !full;
     netchan__export *x = fits ? netchan__export_to(&s->peer, n->ch, receives, n) : NULL;
+    if (fits && !x) {
+        netchan__breach(&s->peer, "out of memory for what it imports");
+        return;
+    }
     f.number = number;
     f.flags = x ? NETCHAN__FOUND : n && n->receives != receives ? NETCHAN__OTHER_DIRECTION : NETCHAN__NO_SUCH_NAME;
     if (x) netchan__name_export(x, end);
@@ -6628,7 +6646,11 @@ static void netchan__ask(netchan__session *s, netchan__wanted *w) {
     f.flags = netchan__flag(w->receives, NETCHAN__END_RECEIVER) | netchan__flag(w->is_try, NETCHAN__TRY);
     f.bytes = (const uint8_t *)w->text;
     f.count = strlen(w->text);
-    if (!netchan__map_put(&s->questions, w->number, w)) return; /* out of memory: it is not asked */
+    if (!netchan__map_put(&s->questions, w->number, w)) {
+        w->result = NETCHAN_ENOMEM;
+        w->over = true;
+        return;
+    }
     w->unanswered++;
     s->peer.emit(&s->peer, &f);
 }
@@ -6638,6 +6660,7 @@ static bool netchan__forget_question(netchan__session *s, netchan__wanted *w) {
     if (!w || !netchan__map_get(&s->questions, w->number)) return false;
     netchan__map_remove(&s->questions, w->number);
     w->unanswered--;
+    w->over |= w->is_try && !w->unanswered;
     return true;
 }
 
@@ -6658,9 +6681,9 @@ static void netchan__on_imported(netchan__session *s, netchan__frame *f) {
         return;
     }
     netchan_free(end); /* it is not wanted any more */
-    if (!w || w->over) return;
-    if (f->flags == NETCHAN__OTHER_DIRECTION) w->result = NETCHAN_ETYPE;
-    if (!w->unanswered && (w->is_try || w->result == NETCHAN_ETYPE)) w->over = true;
+    if (!w || f->flags != NETCHAN__OTHER_DIRECTION) return;
+    w->result = NETCHAN_ETYPE;
+    w->over |= !w->unanswered;
 }
 
 static void netchan__on_naming(netchan__session *s, netchan__frame *f) {
@@ -6697,9 +6720,10 @@ static void netchan__end_questions(netchan__session *s) {
     netchan__map_free(&s->questions);
 }
 
-static void netchan__end_asking(netchan__hub *h) {
-    for (netchan__wanted *w = h->wanted; w; w = w->next)
-        if (w->is_try) w->over = true;
+/* The link broke: who asks only once does not wait for another. */
+static void netchan__end_tries(netchan__session *s) {
+    for (netchan__wanted *w = s->hub->wanted; w; w = w->next)
+        if (w->is_try) netchan__forget_question(s, w);
 }
 
 /* text: a name that does not stand yet. Returns OK or ENOMEM. */
@@ -6746,6 +6770,13 @@ static void netchan__remove_name(netchan__hub *h, netchan__name *n) {
 
 /* ---- Sessions begin and end. ---- */
 
+/* How long a peer may take to answer: it may be engaged with another home, whose link is down. Negative: for ever. */
+static int netchan__patience_ms(const netchan_options *o) {
+    if (o->resume_ms < 0) return NETCHAN_FOREVER;
+    uint64_t ms = 6 * (uint64_t)o->ping_ms + 2 * (uint64_t)o->resume_ms;
+    return ms < INT32_MAX ? (int)ms : INT32_MAX;
+}
+
 /* fresh: its id and its secret. */
 static netchan__session *netchan__make_session(netchan__wire *w, const uint8_t *fresh) {
     netchan__hub *h = w->hub;
@@ -6763,8 +6794,8 @@ static netchan__session *netchan__make_session(netchan__wire *w, const uint8_t *
     p->max_message = h->options.max_message;
     p->max_memory = h->options.max_memory;
     p->no_redelivery = h->options.no_redelivery;
-    int resume_ms = h->options.resume_ms; /* it may be engaged with another home, whose link is down */
-    p->patience = resume_ms < 0 ? UINT64_MAX : (6 * (uint64_t)h->options.ping_ms + 2 * (uint64_t)resume_ms) * 1000000u;
+    int patience_ms = netchan__patience_ms(&h->options);
+    p->patience = patience_ms < 0 ? UINT64_MAX : (uint64_t)patience_ms * 1000000u;
     p->stats = &h->stats;
     s->hub = h;
     memcpy(s->id, fresh, sizeof s->id);
@@ -6800,7 +6831,7 @@ static void netchan__end_session(netchan__session *s, const char *reason) {
     netchan__hub *h = s->hub;
     netchan__peer *p = &s->peer;
     netchan__wire *w = s->wire;
-    bool drained = s->bye_sent && s->bye_received;
+    bool drained = s->bye_sent && s->bye_received && !p->breach;
     char why[200];
     snprintf(why, sizeof why, "%s", reason);
     if (w) {
@@ -6816,7 +6847,6 @@ static void netchan__end_session(netchan__session *s, const char *reason) {
     if (p->lane && !merged) p->lane->hub = NULL; /* it stays with its channel */
     netchan__unlink_session(s);
     netchan__end_questions(s);
-    netchan__end_asking(h);
     size_t undelivered = netchan__end_direct(p);
     netchan__session_lost(s);
     undelivered += netchan__end_own_channels(s, drained);
@@ -6901,7 +6931,7 @@ static void netchan__wire_down(netchan__wire *w, uint64_t now, const char *reaso
     s->refused = false;
     s->down_since = s->checked = now;
     netchan__peer_down(&s->peer);
-    netchan__end_asking(h);
+    netchan__end_tries(s);
     netchan__event(h, netchan__begin_event("down", s->peer.number, s->address, reason));
     netchan__log(h, 1, "%s: the link with %s broke: %s", h->link.address, s->address, reason);
 }
@@ -7059,7 +7089,8 @@ static void netchan__on_hello(netchan__wire *w, netchan__reader *r) {
         netchan__wire_fail(w, "its greeting is not whole");
         return;
     }
-    netchan__lane *lane = h->dials ? NULL : (netchan__lane *)netchan__alloc(sizeof *lane);
+    bool room = !h->dials && netchan__buf_reserve(&w->control, 256); /* for the answer, or nobody would know of it */
+    netchan__lane *lane = room ? (netchan__lane *)netchan__alloc(sizeof *lane) : NULL;
     netchan__session *s = h->dials ? netchan__make_session(w, fresh) : lane ? netchan__welcome(w) : NULL;
     if (!s) {
         netchan__wire_fail(w, "out of memory for a new peer"); /* unless it was refused */
@@ -9692,11 +9723,12 @@ NETCHANDEF int netchan_import(netchan_link *link, const char *name, enum netchan
     w.result = NETCHAN_ETIMEDOUT;
     netchan__endpoint *e = (netchan__endpoint *)(void *)link;
     pthread_mutex_lock(&netchan__net_lock);
-    netchan__await_import(e, &w, netchan__deadline(w.is_try ? NETCHAN_FOREVER : timeout_ms));
+    netchan__await_import(e, &w, netchan__deadline(w.is_try ? netchan__patience_ms(&e->hub.options) : timeout_ms));
     bool hung_up = e->hub.hanging_up;
     netchan__unlock_one(&netchan__net_lock);
     *ch = w.end;
     if (w.end) return NETCHAN_OK;
+    if (w.result == NETCHAN_ENOMEM) return netchan__fail_memory("netchan_import");
     if (w.result == NETCHAN_ETYPE)
         return netchan__fail(NETCHAN_ETYPE, "netchan_import(\"%s\"): it is exported, but not as a %s", name,
                              w.receives ? "receiver" : "sender");
