@@ -120,11 +120,13 @@
  *
  * SECURITY
  *
- *   TLS 1.3 only, with forward secrecy. Exactly one of options.shared_key, .pin and .insecure says whom to trust;
- *   with the first two both sides prove themselves before the first value. Keys are never logged and are wiped after
- *   use. What a peer can make this process hold is bounded by max_memory, max_message, max_ops and max_ends, and as
- *   much again for what it is sent and does not read; max_peers and a deadline bound what strangers can. A session
- *   goes on only over a link whose other side has the same key as before and knows a secret of that session.
+ *   TLS 1.3 only, with forward secrecy. Exactly one of options.shared_key, .pin, .ca and .insecure says whom to trust;
+ *   with the first three both sides prove themselves before the first value, and options.allow may still refuse. Keys
+ *   are never logged and are wiped after use. Strangers have few places and little time, and delay peers for moments.
+ *   What a peer can make this process hold is bounded by max_memory, max_message, max_ops and max_ends, and as much
+ *   again for what it is sent and does not read; what it must answer and does not has a deadline (see WIRE). A session
+ *   goes on only over a link whose other side has the same key as before and knows a secret of that session. README.md
+ *   has the threat model, and how to make and rotate keys.
  *
  * WIRE
  *
@@ -568,7 +570,7 @@ typedef struct netchan_options {
     size_t buffer;      /* values that may be sent on link->send and not yet taken [0: each send is a rendezvous] */
     size_t max_message; /* bytes of one encoded value that may come in [128 MiB] */
     size_t max_memory;  /* bytes that one peer's values may occupy here [and at least: twice max_message] */
-    size_t max_ops;     /* operations of one peer that may wait here [65536] */
+    size_t max_ops;     /* operations of one peer that may wait here [8192] */
     size_t max_ends;    /* channel ends that one peer may have given to this process, or got from it [65536] */
     size_t max_peers;   /* listening: peers, also those whose link is down [10000] */
     int connect_ms;     /* dialling: how long the first connection may take, negative: for ever [10000] */
@@ -7213,7 +7215,7 @@ static int netchan__or_int(int value, int fallback) { return value ? value : fal
 static int netchan__fill_options(netchan_options *o) {
     o->max_message = netchan__or(o->max_message, (size_t)128 << 20);
     o->max_memory = netchan__or(o->max_memory, 2 * o->max_message);
-    o->max_ops = netchan__or(o->max_ops, 65536);
+    o->max_ops = netchan__or(o->max_ops, 8192);
     o->max_ends = netchan__or(o->max_ends, 65536);
     o->max_peers = netchan__or(o->max_peers, 10000);
     o->connect_ms = netchan__or_int(o->connect_ms, 10000);
@@ -8184,7 +8186,8 @@ static bool netchan__explain(netchan__stream *s, int error) {
         break;
     case MBEDTLS_ERR_SSL_INVALID_RECORD: case MBEDTLS_ERR_SSL_UNEXPECTED_MESSAGE:
     case MBEDTLS_ERR_SSL_UNEXPECTED_RECORD:
-        reason = "it does not speak TLS";
+        reason = !mbedtls_ssl_is_handshake_over(&s->ssl) ? "it does not speak TLS"
+                                                         : "it broke TLS, or wants new keys, which a new link has";
         break;
     case MBEDTLS_ERR_SSL_CONN_EOF: case MBEDTLS_ERR_SSL_PEER_CLOSE_NOTIFY:
         reason = "it closed the connection";
@@ -9758,8 +9761,8 @@ NETCHANDEF int netchan_get_stats(netchan_link *link, netchan_stats *stats) {
 /*
  * REVISION HISTORY
  *
- *   0.1.0  Values, local channels, select; links over TLS 1.3 with shared_key, pin or insecure; work queue and merge;
- *          sessions that survive their links; channels in messages, names, peers with channels of their own.
+ *   0.1.0  Values, local channels, select; links over TLS 1.3 with shared_key, pin, ca or insecure; work queue and
+ *          merge; sessions that survive their links; channels in messages, names, peers with channels of their own.
  *
  * LICENCE
  *
