@@ -4398,11 +4398,13 @@ static void netchan__on_waiter(netchan__peer *p, netchan__frame *f) {
         netchan__finish_sender(w, NETCHAN_ELOST, 0);
         return;
     }
+    bool is_send = w->is_send;
     netchan__enqueue(netchan__queue_of(w), w, false);
     if (w->lane) netchan__fill(w->lane);
     else if (p->direct && p->direct->ch == ch) netchan__serve_only(p->direct);
-    if (w->is_send || !w->queue) netchan__pair(ch); /* w may be gone now */
-    else netchan__pair_receiver(ch, w);
+    w = (netchan__waiter *)netchan__map_get(&p->waiters, f->entry); /* it may be gone, and again after the next */
+    if (w && w->queue && !is_send) netchan__pair_receiver(ch, w);
+    else netchan__pair(ch);
     w = (netchan__waiter *)netchan__map_get(&p->waiters, f->entry);
     if (!w || !w->is_try) return;
     w->withdrawn = true; /* if it is in a match: when that falls through */
@@ -9185,8 +9187,7 @@ static void netchan__send_pending(void) {
     }
 }
 
-/* News of a listener or of a stranger. */
-static void netchan__serve_stranger(const netchan__watched *w, short events) {
+static void netchan__serve_one_poll(const netchan__watched *w, short events) {
     if (!w->conn) {
         netchan__accept_all(w->listener);
         return;
@@ -9198,23 +9199,26 @@ static void netchan__serve_stranger(const netchan__watched *w, short events) {
 
 /* poll() has news of some of the first count. Closing a connection removes no other. */
 static void netchan__serve_polls(size_t count) {
-    bool pressed = false, polled = false;
-    uint64_t begin = netchan__now_ns();
+    uint64_t strangers_since = 0;
+    bool pressed = false, strangers = false;
+    uint64_t now = netchan__now_ns();
     for (netchan__endpoint *e = netchan__io.endpoints; e; e = e->next)
-        pressed |= !e->hub.dials && netchan__under_pressure(e, begin);
+        pressed |= !e->hub.dials && netchan__under_pressure(e, now);
     for (int rank = 0; rank < 3; rank++) {
-        uint64_t start = netchan__now_ns(), until = start + (pressed ? NETCHAN__PRESSED_US : NETCHAN__SLICE_US) * 1000u;
+        uint64_t until = now + (pressed ? NETCHAN__PRESSED_US : NETCHAN__SLICE_US) * 1000u;
+        if (rank == 1) strangers_since = now;
         for (size_t i = 1; i < count; i++) {
             netchan__watched *w = &netchan__io.watched[i];
             short events = netchan__io.polls[i].revents;
             if (w->rank != rank) continue;
-            polled |= rank > 0;
-            if (events && (!rank || netchan__now_ns() < until)) netchan__serve_stranger(w, events);
+            strangers |= rank > 0;
+            if (events && (!rank || netchan__now_ns() < until)) netchan__serve_one_poll(w, events);
         }
-        uint64_t end = netchan__now_ns(), rest = 3 * (end - start);
-        if (rest < NETCHAN__REST_US * 1000u) rest = NETCHAN__REST_US * 1000u;
-        if (rank && pressed && polled) netchan__io.strangers_from = end + rest;
+        now = netchan__now_ns();
     }
+    uint64_t rest = 3 * (now - strangers_since);
+    if (rest < NETCHAN__REST_US * 1000u) rest = NETCHAN__REST_US * 1000u;
+    if (pressed && strangers) netchan__io.strangers_from = now + rest;
 }
 
 static void *netchan__io_main(void *arg) {
@@ -9352,11 +9356,12 @@ static void netchan__io_stop(void) {
 /* A fork is another process. Caller holds netchan__tls_lock; the first link waits for this, so that nobody reads while
  * it is written. */
 static int netchan__name_process(void) {
-    static pid_t named;
-    if (named != getpid() && (psa_generate_random(netchan__net.process, sizeof netchan__net.process) != PSA_SUCCESS ||
-                   psa_generate_random((uint8_t *)&netchan__map_seed, sizeof netchan__map_seed) != PSA_SUCCESS))
+    static unsigned named_after; /* so many forks, and one more */
+    if (named_after == netchan__forks + 1) return NETCHAN_OK;
+    if (psa_generate_random(netchan__net.process, sizeof netchan__net.process) != PSA_SUCCESS ||
+        psa_generate_random((uint8_t *)&netchan__map_seed, sizeof netchan__map_seed) != PSA_SUCCESS)
         return netchan__fail(NETCHAN_ENET, "the system gives no randomness");
-    named = getpid();
+    named_after = netchan__forks + 1;
     return NETCHAN_OK;
 }
 
