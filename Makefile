@@ -4,7 +4,7 @@
 # make sanitize   the tests again under AddressSanitizer with UBSan (asan), and under ThreadSanitizer (tsan)
 # make matrix     the header in every C and C++ standard, with gcc and clang, without a warning
 # make symbols    what reaches the linker and the user's preprocessor
-# make lint       stray blanks, and cppcheck if it is installed
+# make lint       stray blanks; cppcheck, gcc's analyser and clang-tidy, if they are installed
 # make fuzz       libFuzzer (clang), FUZZ_SECONDS for each target, from the inputs kept in tests/fuzz/corpus/
 # make sim        the simulator, SEEDS seeds from SEED0 on; with SEED=42 it replays that one and tells each step
 # make demo       examples/pool.c at work: one server, several workers, over TLS
@@ -82,8 +82,8 @@ check:
 # Under a sanitizer all takes longer, and may. ThreadSanitizer needs the old layout of the address space, which setarch -R
 # gives where it is allowed.
 SANITIZER = -O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all -fsanitize
-# Nothing of netchan.h runs in the model, nor in what must not compile.
-SANITIZED_TEST = NETCHAN_TEST_ALARM=300 TEST_SECONDS=600 $(MAKE) --no-print-directory test LEAVE_OUT='%/model %/badfield.sh'
+# Nothing of netchan.h runs in the model, nor in what must not compile; valgrind and the sanitizers exclude each other.
+SANITIZED_TEST = NETCHAN_TEST_ALARM=300 TEST_SECONDS=600 $(MAKE) --no-print-directory test LEAVE_OUT='%/model %/badfield.sh %/valgrind.sh'
 NO_ASLR = $(shell setarch -R true 2>/dev/null && echo setarch -R)
 sanitize:
 	+@$(MAKE) --no-print-directory asan; asan=$$?; $(MAKE) --no-print-directory tsan && exit $$asan
