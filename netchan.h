@@ -7542,20 +7542,22 @@ static int netchan__read_callback(const netchan_options *o, const char *field, c
     return NETCHAN_OK;
 }
 
+/* Of ca, cert and cert_key: PEM, or in a file DER. */
+static bool netchan__is_cert_option(const char *field) { return field[0] == 'c'; }
+
 /* What came from elsewhere has something in it, and what is no certificate has no NUL. */
 static int netchan__check_text(const char *field, const char *value, const char *text, size_t size) {
-    bool binary = field[0] == 'c'; /* DER */
     if (strspn(text, " \t\r\n") == size)
         return netchan__fail(NETCHAN_EINVAL, "options.%s: \"%.200s\" is empty", field, value);
-    if (!binary && strlen(text) != size)
+    if (!netchan__is_cert_option(field) && strlen(text) != size)
         return netchan__fail(NETCHAN_EINVAL, "options.%s: \"%.200s\" has a NUL in it; it must be text", field, value);
     return NETCHAN_OK;
 }
 
-/* Called without locks. plain: what the option is without "file:" or "callback:": itself, or, unless it is PEM text, a
- * path. Returns OK, EINVAL or ENOMEM; what is in *t is to be freed in each case. */
+/* Without "file:" or "callback:" an option is its text, or for certificates, unless it is PEM text, a path. Called
+ * without locks. Returns OK, EINVAL or ENOMEM; what is in *t is to be freed in each case. */
 static int netchan__read_text(const netchan_options *o, const char *field, const char *value, netchan__text *t) {
-    bool pem = field[0] == 'c', secret = strstr(field, "key") != NULL; /* ca, cert, cert_key */
+    bool pem = netchan__is_cert_option(field), secret = strstr(field, "key") != NULL;
     if (!value) return NETCHAN_OK;
     bool calls = netchan__begins(value, "callback:"), file = netchan__begins(value, "file:");
     if (calls || file || (pem && !netchan__is_pem(value))) {
