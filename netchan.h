@@ -7175,7 +7175,7 @@ static void netchan__on_resumed(netchan__wire *w, netchan__reader *r) {
 static void netchan__on_refused(netchan__wire *w, uint64_t now, netchan__reader *r) {
     netchan__hub *h = w->hub;
     netchan__session *s = w->up ? w->session : w->resumes ? h->session : NULL; /* a listener's stranger: NULL */
-    char reason[320], text[sizeof reason + 16];
+    char reason[300], text[sizeof w->failure_text];
     w->final = netchan__read_varint(r) == 1 && !w->up;
     size_t size = netchan__left(r) < sizeof reason - 1 ? netchan__left(r) : sizeof reason - 1;
     for (size_t i = 0; i < size; i++) reason[i] = (char)(r->p[i] >= ' ' && r->p[i] < 127 ? r->p[i] : '?');

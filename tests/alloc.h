@@ -1,4 +1,5 @@
-/* An allocator for netchan.h that counts and can be told to fail. Include it before netchan.h. */
+/* An allocator for netchan.h that counts and can be told to fail, by a test, or with NETCHAN_TEST_FAIL_ALLOC=n in the
+ * environment, which lets the n-th allocation of each test fail (see failures.sh). Include it before netchan.h. */
 #ifndef NETCHAN_TEST_ALLOC_H
 #define NETCHAN_TEST_ALLOC_H
 
@@ -36,6 +37,11 @@ static inline void alloc_fail(long n) {
 static inline bool alloc_failed(void) {
     long at = __atomic_load_n(&alloc_fail_at, __ATOMIC_SEQ_CST);
     return at && alloc_count() >= at;
+}
+
+__attribute__((constructor)) static void alloc_fail_as_asked(void) {
+    const char *n = getenv("NETCHAN_TEST_FAIL_ALLOC");
+    if (n) alloc_fail(atol(n));
 }
 
 static bool alloc_allowed(size_t size) {
