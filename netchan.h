@@ -145,7 +145,8 @@
  *                                 86 str: LEN, bytes        8b i32 array: LEN, items            read as nil
  *   Numbers in floats and packed arrays are little-endian, floats IEEE 754. An entry of a map is the key (varint
  *   length, bytes without NUL) and a value. A decoder refuses nesting deeper than 64 and counts larger than the bytes
- *   left.
+ *   left. In frames a value has its shortest form, in which others pass it on: 00..7f where they will do, varints of
+ *   no more bytes than needed, nothing of 8f... netchan_decode() is more patient.
  *
  *   The name of a channel end is a byte of flags, a number and a capacity (8 bytes each, little-endian). Flags: 1 it
  *   may receive, else send; 2 the channel, or the end of it that was passed on, is the reader's, who named it so;
@@ -2666,11 +2667,18 @@ static bool netchan__write_for(netchan__peer *p, uint8_t *end, const netchan_val
     return true;
 }
 
-/* Decodes a value of this peer. Returns as netchan_decode(); a breach may have been found. */
+/* Decodes a value of this peer, which must have the size with which it is passed on. Returns as netchan_decode(); a
+ * breach may have been found. */
 static int netchan__decode_from(netchan__peer *p, netchan_value *v, const void *data, size_t size, size_t max_block,
                                 size_t *memory) {
     netchan__names n = netchan__names_of(p);
-    return netchan__decode(v, data, size, max_block, memory, &n.ends);
+    netchan__measure m = {0, 0, false};
+    int result = netchan__decode(v, data, size, max_block, memory, &n.ends);
+    if (result != NETCHAN_OK) return result;
+    result = netchan__measure_value(v, 0, &m);
+    if (result == NETCHAN_OK && m.wire == size) return result;
+    netchan_clear(v);
+    return netchan__fail(NETCHAN_EPROTO, "the value is not encoded in the shortest form");
 }
 
 static size_t netchan__count_ends(const netchan_value *v) {
@@ -4371,6 +4379,23 @@ static netchan__remote *netchan__make_remote(netchan__peer *p, netchan__frame *f
     return r;
 }
 
+/* A new waiter of a peer may find a partner. Who waited before it is not looked at where that can change nothing (I2):
+ * there may be thousands. */
+static void netchan__pair_waiter(netchan *ch, netchan__waiter *w) {
+    netchan__peer *p = w->peer;
+    uint64_t id = w->id;
+    bool is_send = w->is_send;
+    if (is_send && !(netchan__can_ask(w) && (!w->lane->cap || netchan__may_store(w)))) { /* until there is room */
+        netchan__update_ready(w->lane);
+        return;
+    }
+    if (is_send) netchan__fill(w->lane);
+    else if (p->direct && p->direct->ch == ch) netchan__serve_only(p->direct);
+    w = (netchan__waiter *)netchan__map_get(&p->waiters, id);
+    if (w && w->queue && !is_send) netchan__pair_receiver(ch, w);
+    else netchan__pair(ch);
+}
+
 static void netchan__on_waiter(netchan__peer *p, netchan__frame *f) {
     if (p->leaving) return; /* it learns that from our farewell */
     netchan__export *x;
@@ -4398,14 +4423,9 @@ static void netchan__on_waiter(netchan__peer *p, netchan__frame *f) {
         netchan__finish_sender(w, NETCHAN_ELOST, 0);
         return;
     }
-    bool is_send = w->is_send;
     netchan__enqueue(netchan__queue_of(w), w, false);
-    if (w->lane) netchan__fill(w->lane);
-    else if (p->direct && p->direct->ch == ch) netchan__serve_only(p->direct);
-    w = (netchan__waiter *)netchan__map_get(&p->waiters, f->entry); /* it may be gone, and again after the next */
-    if (w && w->queue && !is_send) netchan__pair_receiver(ch, w);
-    else netchan__pair(ch);
-    w = (netchan__waiter *)netchan__map_get(&p->waiters, f->entry);
+    netchan__pair_waiter(ch, w);
+    w = (netchan__waiter *)netchan__map_get(&p->waiters, f->entry); /* it may be gone now */
     if (!w || !w->is_try) return;
     w->withdrawn = true; /* if it is in a match: when that falls through */
     if (w->match) return;

@@ -790,7 +790,6 @@ static void test_descriptors_end_with_exec(void) {
     int before = fds_after_exec(), fds = fds_now();
     netchan_options o = options();
     netchan_link *l[2], *d[2];
-    o.log = NULL;
     for (int i = 0; i < 2; i++) {
         l[i] = listen_with(&o);
         d[i] = dial_with(l[i]->address, &o);
@@ -1466,7 +1465,8 @@ typedef struct surroundings {
 extern char **environ;
 
 static void look_around(surroundings *s) {
-    static const int limits[] = {RLIMIT_CORE, RLIMIT_CPU, RLIMIT_DATA, RLIMIT_FSIZE, RLIMIT_NOFILE, RLIMIT_STACK, RLIMIT_AS};
+    static const int limits[] = {RLIMIT_CORE,   RLIMIT_CPU,   RLIMIT_DATA, RLIMIT_FSIZE,
+                                 RLIMIT_NOFILE, RLIMIT_STACK, RLIMIT_AS};
     static const int timers[] = {ITIMER_VIRTUAL, ITIMER_PROF};
     memset(s, 0, sizeof *s);
     snprintf(s->locale, sizeof s->locale, "%s", setlocale(LC_ALL, NULL));
