@@ -9219,16 +9219,23 @@ static void netchan__serve_one_poll(const netchan__watched *w, short events) {
     pthread_mutex_lock(&netchan__net_lock);
 }
 
+/* What this thread has used of a processor: on a busy machine that is less than the time that has gone by. */
+static uint64_t netchan__cpu_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
 /* poll() has news of some of the first count. Closing a connection removes no other. */
 static void netchan__serve_polls(size_t count) {
-    uint64_t strangers_since = 0;
+    uint64_t used = 0;
     bool pressed = false, strangers = false;
     uint64_t now = netchan__now_ns();
     for (netchan__endpoint *e = netchan__io.endpoints; e; e = e->next)
         pressed |= !e->hub.dials && netchan__under_pressure(e, now);
     for (int rank = 0; rank < 3; rank++) {
         uint64_t until = now + (pressed ? NETCHAN__PRESSED_US : NETCHAN__SLICE_US) * 1000u;
-        if (rank == 1) strangers_since = now;
+        if (rank == 1) used = netchan__cpu_ns();
         for (size_t i = 1; i < count; i++) {
             netchan__watched *w = &netchan__io.watched[i];
             short events = netchan__io.polls[i].revents;
@@ -9238,7 +9245,7 @@ static void netchan__serve_polls(size_t count) {
         }
         now = netchan__now_ns();
     }
-    uint64_t rest = 3 * (now - strangers_since);
+    uint64_t rest = 3 * (netchan__cpu_ns() - used);
     if (rest < NETCHAN__REST_US * 1000u) rest = NETCHAN__REST_US * 1000u;
     if (pressed && strangers) netchan__io.strangers_from = now + rest;
 }
