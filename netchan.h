@@ -7712,7 +7712,7 @@ static int netchan__set_shared_key(netchan__key *key, const char *text, size_t l
             "options.shared_key can be guessed: it has %zu characters, %zu of them different; at least %d and 8 are "
             "needed. It must be random, not a password: make one with netchan_keygen(), or: openssl rand -hex 32",
             length, distinct, NETCHAN__KEY_MIN);
-    uint8_t id[32];
+    uint8_t id[32] = {0};
     int e = netchan__hash_labelled("netchan/1 shared key", text, length, key->psk);
     if (!e) e = netchan__hash_labelled("netchan/1 key id", text, length, id);
     memcpy(key->id, id, sizeof key->id);
@@ -9234,7 +9234,7 @@ static void netchan__serve_polls(size_t count) {
     for (netchan__endpoint *e = netchan__io.endpoints; e; e = e->next)
         pressed |= !e->hub.dials && netchan__under_pressure(e, now);
     for (int rank = 0; rank < 3; rank++) {
-        uint64_t until = now + (pressed ? NETCHAN__PRESSED_US : NETCHAN__SLICE_US) * 1000u;
+        uint64_t until = now + (pressed ? NETCHAN__PRESSED_US : NETCHAN__SLICE_US) * (uint64_t)1000;
         if (rank == 1) used = netchan__cpu_ns();
         for (size_t i = 1; i < count; i++) {
             netchan__watched *w = &netchan__io.watched[i];
@@ -9246,7 +9246,7 @@ static void netchan__serve_polls(size_t count) {
         now = netchan__now_ns();
     }
     uint64_t rest = 3 * (netchan__cpu_ns() - used);
-    if (rest < NETCHAN__REST_US * 1000u) rest = NETCHAN__REST_US * 1000u;
+    if (rest < NETCHAN__REST_US * (uint64_t)1000) rest = NETCHAN__REST_US * (uint64_t)1000;
     if (pressed && strangers) netchan__io.strangers_from = now + rest;
 }
 
