@@ -261,10 +261,10 @@ static void speak_raw(unsigned who, input *in) {
 static void look_after(void) {
     be(0);
     for (unsigned i = 0; i < PEERS; i++) hear(i);
-    if (netchan__net.breached) {
+    for (int i = 0; netchan__net.breached && i < 8; i++) { /* an answer may be the next breach */
         netchan__net.breached = false;
         tick_ports();
-        for (unsigned i = 0; i < PEERS; i++) hear(i);
+        for (unsigned j = 0; j < PEERS; j++) hear(j);
     }
     close_failed();
     be(0);
