@@ -9235,7 +9235,7 @@ static void netchan__serve_polls(size_t count) {
         pressed |= !e->hub.dials && netchan__under_pressure(e, now);
     for (int rank = 0; rank < 3; rank++) {
         uint64_t until = now + (pressed ? NETCHAN__PRESSED_US : NETCHAN__SLICE_US) * (uint64_t)1000;
-        if (rank == 1) used = netchan__cpu_ns();
+        if (rank == 1 && pressed) used = netchan__cpu_ns();
         for (size_t i = 1; i < count; i++) {
             netchan__watched *w = &netchan__io.watched[i];
             short events = netchan__io.polls[i].revents;
@@ -9245,9 +9245,10 @@ static void netchan__serve_polls(size_t count) {
         }
         now = netchan__now_ns();
     }
+    if (!pressed || !strangers) return;
     uint64_t rest = 3 * (netchan__cpu_ns() - used);
     if (rest < NETCHAN__REST_US * (uint64_t)1000) rest = NETCHAN__REST_US * (uint64_t)1000;
-    if (pressed && strangers) netchan__io.strangers_from = now + rest;
+    netchan__io.strangers_from = now + rest;
 }
 
 static void *netchan__io_main(void *arg) {
