@@ -155,7 +155,7 @@ static void be_visitor(int in, int out) {
     pin_to(THEIR_CPU);
     while (is_told(in, line, sizeof line)) {
         netchan_options o = trust(line[0] == 'c');
-        o.connect_ms = SANITIZED ? WAIT_MS : o.insecure ? 4 * CONNECT_MS : CONNECT_MS;
+        o.connect_ms = SANITIZED ? WAIT_MS : o.insecure ? 8 * CONNECT_MS : CONNECT_MS;
         long long start = test_ms();
         netchan_link *d = netchan_dial(line + 1, &o);
         bool good = d && go_round(d);
