@@ -3315,7 +3315,7 @@ static void netchan__wait_again(netchan__waiter *w) {
         netchan__mark_dirty(w->ch);
         if (w->lane) netchan__update_ready(w->lane);
         else if (w->peer && !w->op && w->peer->direct) netchan__lane_changed(w->peer->direct);
-        if (w->is_send && (w->lane->closing || w->ch->gone))
+        if (w->lane && (w->lane->closing || w->ch->gone)) /* a sender */
             netchan__end_senders(w->lane, w->lane->closing && !w->lane->is_direct ? NETCHAN_ECLOSED : NETCHAN_ELOST);
         else if (!w->is_send && w->ch->closed) /* its link was hung up */
             netchan__end_waiters(&w->ch->receivers, NETCHAN_ECLOSED);
@@ -8261,7 +8261,7 @@ NETCHANDEF int netchan_key_id(const char *shared_key, char *out, size_t size) {
 }
 
 NETCHANDEF int netchan_fingerprint(const char *cert, char *out, size_t size) {
-    uint8_t hash[32];
+    uint8_t hash[32] = {0};
     netchan__text text = {NULL, 0};
     if (!cert || !out || size < NETCHAN_FINGERPRINT_SIZE)
         return netchan__fail(NETCHAN_EINVAL,
