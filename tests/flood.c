@@ -391,7 +391,7 @@ static void crowd_run(crowd *c, int in, int out) {
     X(connect_and_close_from_one_address, CLOSING, false, false, 2000, 0, 10, 0)                                       \
     X(connect_and_close_from_many_addresses, CLOSING, true, false, 2000, 0, 10, 0)                                     \
     X(hello_from_one_address, HELLO, false, true, 200, 50, 300, 0)                                                     \
-    X(hello_from_many_addresses, HELLO, true, true, 200, 50, 300, 0)                                                   \
+    X(hello_from_many_addresses, HELLO, true, true, 60, 50, 300, 0)                                                    \
     X(plain_text_from_one_address, TEXT, false, false, 1000, 0, 100, 0)                                                \
     X(plain_text_from_many_addresses, TEXT, true, false, 1000, 0, 100, 0)                                              \
     X(early_data, EARLY, true, true, 60, 50, 300, 0)                                                                   \
