@@ -8534,7 +8534,7 @@ struct netchan__conn {
     netchan__stream stream;
     enum netchan__conn_state state;
     int fd;
-    uint64_t origin, since;        /* since: nanoseconds */
+    uint64_t origin;
     netchan__conn *newer, *older;  /* of the endpoint's strangers */
     bool stranger;     /* it was not greeted yet */
     bool answered;     /* a stranger whose ClientHello was answered: only who can go on will say more */
@@ -8808,8 +8808,7 @@ static netchan__conn *netchan__open_conn(netchan__endpoint *e, int fd, const net
     c->endpoint = e;
     c->fd = fd;
     c->state = state;
-    c->since = netchan__now_ns();
-    c->deadline = netchan__after(c->since, NETCHAN__HANDSHAKE_MS);
+    c->deadline = netchan__after(netchan__now_ns(), NETCHAN__HANDSHAKE_MS);
     c->origin = netchan__origin_of(a);
     NETCHAN__LINK(netchan__io.conns, c, prev, next);
     netchan__add_stranger(c);
