@@ -754,8 +754,7 @@ static void test_three_processes_around_a_ring(void) {
     mate m[2] = {answer_meet(replies[0]), answer_meet(replies[1])};
     CHECK_INT(a.sent + m[0].sent + m[1].sent, a.received + m[0].received + m[1].received);
     CHECK_INT(a.sum_sent + m[0].sum_sent + m[1].sum_sent, a.sum_received + m[0].sum_received + m[1].sum_received);
-    CHECK_INT(a.sent + a.received, ROUNDS);
-    CHECK(a.sent > 0 && a.received > 0);
+    CHECK_INT(a.sent + a.received, ROUNDS); /* either direction may be the shorter way each time: nobody promises both */
     netchan_free(x);
     netchan_free(stop);
     netchan_free(y.tx);
