@@ -739,6 +739,7 @@ NETCHANDEF int netchan_fingerprint(const char *cert, char *out, size_t size);
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -800,8 +801,19 @@ extern "C" {
 
 #if defined(__GNUC__)
 #define NETCHAN__PRINTF(text, first) __attribute__((format(printf, text, first)))
+#define NETCHAN__OUT_OF_LINE __attribute__((noinline)) /* small, called from many places, and no matter for speed */
 #else
 #define NETCHAN__PRINTF(text, first)
+#define NETCHAN__OUT_OF_LINE
+#endif
+
+/* Sections that run seldom, or beside what costs far more, are compiled for size where the program is optimised. */
+#if defined(__GNUC__) && !defined(__clang__) && defined(__OPTIMIZE__)
+#define NETCHAN__SMALL_BEGIN _Pragma("GCC push_options") _Pragma("GCC optimize(\"Os\")")
+#define NETCHAN__SMALL_END _Pragma("GCC pop_options")
+#else
+#define NETCHAN__SMALL_BEGIN
+#define NETCHAN__SMALL_END
 #endif
 
 /* ====================================================================================================================
@@ -961,6 +973,13 @@ static uint64_t netchan__hash(uint64_t key) {
     key = (key ^ (key >> 30)) * 0xBF58476D1CE4E5B9u;
     key = (key ^ (key >> 27)) * 0x94D049BB133111EBu;
     return key ^ (key >> 31);
+}
+
+/* Of a text: FNV-1a (Fowler, Noll, Vo), and never 0. */
+static uint64_t netchan__hash_text(const char *text, size_t size) {
+    uint64_t n = 0xCBF29CE484222325u;
+    for (size_t i = 0; i < size; i++) n = (n ^ (uint8_t)text[i]) * 0x100000001B3u;
+    return netchan__hash(n) | 1;
 }
 
 static size_t netchan__map_home(const netchan__map *m, uint64_t key) {
@@ -1125,6 +1144,8 @@ enum netchan__tag {
     NETCHAN__TAG_F32S,
     NETCHAN__TAG_F64S
 };
+
+enum { NETCHAN__RAW = 255 }; /* the type of a value that is not decoded yet, see [7] */
 
 static const netchan_value netchan__nil_value = {NETCHAN_NIL, 0, {false}};
 
@@ -1535,7 +1556,10 @@ NETCHANDEF int netchan_copy(netchan_value *to, const netchan_value *from) {
     return result != NETCHAN_OK ? result : netchan__copy_measured(to, &source, &m);
 }
 
+static void netchan__free_raw_ends(const netchan_value *v);
+
 static void netchan__free_channels(const netchan_value *v) {
+    if (v->type == NETCHAN__RAW) netchan__free_raw_ends(v);
     if (netchan__is_chan(v)) netchan_free(v->as.chan);
     if (!netchan__has_children(v)) return;
     netchan_entry e;
@@ -1608,29 +1632,50 @@ static void netchan__read_head(netchan__reader *r, netchan_value *v, netchan__re
     else v->as.block.count = (size_t)(size / item);
 }
 
-/* Adds what the next value needs in memory to *m; sets r->bad when it is malformed. */
+static void netchan__scan_value(netchan__reader *r, unsigned depth, netchan__measure *m);
+
+static void netchan__scan_children(netchan__reader *body, const netchan_value *v, unsigned depth, netchan__measure *m) {
+    size_t before = m->wire;
+    m->wire = netchan__varint_size(v->as.block.count);
+    for (size_t i = 0; i < v->as.block.count && !body->bad; i++) {
+        if (v->type == NETCHAN_MAP) {
+            uint64_t length = netchan__read_varint(body);
+            const uint8_t *key = netchan__read_bytes(body, length);
+            if (!key || memchr(key, 0, (size_t)length)) {
+                body->bad = true;
+                break;
+            }
+            m->block += netchan__align((size_t)length + 1);
+            m->wire += netchan__varint_size(length) + (size_t)length;
+        }
+        netchan__scan_value(body, depth + 1, m);
+    }
+    m->wire = before + netchan__length_prefixed(m->wire);
+}
+
+/* Adds what the next value needs to *m: in memory, and on the wire in its shortest form. Sets r->bad when it is
+ * malformed. */
 static void netchan__scan_value(netchan__reader *r, unsigned depth, netchan__measure *m) {
     netchan_value v;
     netchan__reader body;
     netchan__read_head(r, &v, &body);
     if (depth > NETCHAN_MAX_DEPTH) r->bad = true;
-    m->channels |= netchan__is_chan(&v);
-    if (r->bad || !netchan__is_block(&v)) return;
+    if (r->bad) return;
+    if (netchan__is_chan(&v)) {
+        m->channels = true;
+        m->wire += 2 + NETCHAN__END_SIZE;
+    } else if (!netchan__is_block(&v)) netchan__measure_value(&v, depth, m);
+    if (!netchan__is_block(&v)) return;
     if (v.as.block.count > SIZE_MAX / 64 || m->block > SIZE_MAX / 2) { /* where pointers have 32 bits */
         r->bad = true;
         return;
     }
     size_t size = v.as.block.count * netchan__item_size(v.type);
     m->block += size ? netchan__align(size + (v.type == NETCHAN_STR)) : 0;
-    if (!netchan__has_children(&v)) return;
-    for (size_t i = 0; i < v.as.block.count && !body.bad; i++) {
-        if (v.type == NETCHAN_MAP) {
-            uint64_t length = netchan__read_varint(&body);
-            const uint8_t *key = netchan__read_bytes(&body, length);
-            if (!key || memchr(key, 0, (size_t)length)) body.bad = true;
-            else m->block += netchan__align((size_t)length + 1);
-        }
-        netchan__scan_value(&body, depth + 1, m);
+    if (netchan__has_children(&v)) netchan__scan_children(&body, &v, depth, m);
+    else {
+        m->wire += v.type == NETCHAN_STR && size < 64 ? 1 + size : netchan__length_prefixed(size);
+        return;
     }
     if (body.bad || netchan__left(&body)) r->bad = true;
 }
@@ -1673,36 +1718,44 @@ static netchan_value netchan__build_value(netchan__reader *r, uint8_t **at, netc
     return v;
 }
 
-/* netchan_decode(), which also tells how much memory the value occupies, and finds channels, if ends is not NULL. */
-static int netchan__decode(netchan_value *v, const void *data, size_t size, size_t max_block, size_t *memory,
-                           netchan__ends *ends) {
-    static const uint8_t nothing = 0;
-    const uint8_t *begin = data ? (const uint8_t *)data : &nothing;
-    netchan__reader r = {begin, begin + (data ? size : 0), false}, again = r;
+/* The first half of netchan_decode(): checks the bytes and tells what their value needs. */
+static int netchan__scan(const void *data, size_t size, netchan__measure *m) {
+    const uint8_t *begin = (const uint8_t *)data;
+    netchan__reader r = {begin, begin + size, false};
+    m->wire = m->block = 0;
+    m->channels = false;
+    netchan__scan_value(&r, 0, m);
+    if (!r.bad && !netchan__left(&r)) return NETCHAN_OK;
+    return netchan__fail(NETCHAN_EPROTO, "these %zu bytes are not one whole value", size);
+}
+
+/* The second half: the bytes were scanned. */
+static int netchan__build(netchan_value *v, const void *data, size_t size, const netchan__measure *m,
+                          netchan__ends *ends) {
     uint8_t *block = NULL;
-    netchan__measure m = {0, 0, false};
-    *v = netchan__nil_value;
-    netchan__scan_value(&r, 0, &m);
-    *memory = m.block;
-    if (r.bad || netchan__left(&r))
-        return netchan__fail(NETCHAN_EPROTO, "these %zu bytes are not one whole value", size);
-    if (max_block && m.block > max_block)
-        return netchan__fail(NETCHAN_ETOOBIG,
-                             "a value of %zu bytes would need %zu in memory, more than the limit of %zu", size, m.block,
-                             max_block);
-    if (m.block && !(block = (uint8_t *)NETCHAN_MALLOC(m.block))) return netchan__fail_memory("decoding a value");
+    netchan__reader r = {(const uint8_t *)data, (const uint8_t *)data + size, false};
+    if (m->block && !(block = (uint8_t *)NETCHAN_MALLOC(m->block))) return netchan__fail_memory("decoding a value");
     uint8_t *at = block;
-    *v = netchan__build_value(&again, &at, ends);
-    NETCHAN_ASSERT(!block || at == block + m.block);
-    v->flags = (uint8_t)((block ? NETCHAN__OWNED : 0) | (ends && m.channels ? NETCHAN__HAS_CHANNELS : 0));
+    *v = netchan__build_value(&r, &at, ends);
+    NETCHAN_ASSERT(!block || at == block + m->block);
+    v->flags = (uint8_t)((block ? NETCHAN__OWNED : 0) | (ends && m->channels ? NETCHAN__HAS_CHANNELS : 0));
     if (!ends || !ends->failed) return NETCHAN_OK;
     netchan_clear(v);
     return netchan__fail(NETCHAN_EPROTO, "these %zu bytes name a channel that cannot be had", size);
 }
 
+static int netchan__check_block(size_t size, size_t block, size_t max_block) {
+    if (!max_block || block <= max_block) return NETCHAN_OK;
+    return netchan__fail(NETCHAN_ETOOBIG, "a value of %zu bytes would need %zu in memory, more than the limit of %zu",
+                         size, block, max_block);
+}
+
 NETCHANDEF int netchan_decode(netchan_value *v, const void *data, size_t size, size_t max_block) {
-    size_t memory;
-    return netchan__decode(v, data, size, max_block, &memory, NULL);
+    netchan__measure m;
+    *v = netchan__nil_value;
+    int result = netchan__scan(data ? data : "", data ? size : 0, &m);
+    if (result == NETCHAN_OK) result = netchan__check_block(size, m.block, max_block);
+    return result == NETCHAN_OK ? netchan__build(v, data, size, &m, NULL) : result;
 }
 
 NETCHANDEF const netchan_value *netchan_at(const netchan_value *v, size_t index) {
@@ -1757,6 +1810,7 @@ NETCHANDEF const void *netchan_as_block(const netchan_value *v, enum netchan_typ
     return found ? v->as.block.data : NULL;
 }
 
+NETCHAN__SMALL_BEGIN
 /* ====================================================================================================================
  * [5] Struct tables: from a map back into a struct. All is checked before the first byte is written.
  * ================================================================================================================== */
@@ -1841,6 +1895,8 @@ NETCHANDEF int netchan_unpack(const netchan_value *v, const netchan_field *field
     return result;
 }
 
+NETCHAN__SMALL_END
+
 /* ====================================================================================================================
  * [6] Channels: what they are made of: operations and their waiters, queues, lanes, buffers, messages.
  *
@@ -1891,6 +1947,14 @@ typedef struct netchan__queue {
     netchan__waiter *head, *tail;
 } netchan__queue;
 
+/* A large value that comes in fragments. One that is a single block of bytes or numbers is put together where it stays;
+ * head: then the bytes before it on the wire. */
+typedef struct netchan__incoming {
+    netchan__buf bytes;
+    size_t head;
+    enum netchan_type type; /* with head */
+} netchan__incoming;
+
 /* One case of one operation. All fields belong to the lock of ch. */
 struct netchan__waiter {
     netchan__waiter *prev, *next;
@@ -1923,7 +1987,7 @@ struct netchan__waiter {
     uint64_t claim;              /* the match; 0: none */
     bool claim_final, claim_redelivered;
     netchan_value claim_value;
-    netchan__buf incoming; /* fragments of a value that is being received */
+    netchan__incoming incoming; /* a large value that is being received */
     size_t announced;      /* how many bytes they will be */
     uint64_t waited;       /* nanoseconds for which it was seen waiting for its peer; 0: not seen yet */
 };
@@ -1957,6 +2021,8 @@ struct netchan__op {
     bool net;
     bool expired;  /* net: its time is up, but it is engaged */
     bool detached; /* net: nobody waits for it; it owns its value, and is freed when it is over */
+    bool runs;     /* net: its thread runs the loop meanwhile */
+    bool sleeps;   /* net: it counts among netchan__net.sleepers */
     size_t count;
     netchan__waiter *waiters;
     netchan__waiter *engaged;                /* net: the waiter that is engaged or committed */
@@ -1971,10 +2037,15 @@ struct netchan__op {
     uint64_t peer;
     bool redelivered;
     netchan__op *next_to_wake;
-    pthread_mutex_t mutex; /* guards finished */
+    int wake;              /* atomic, see netchan__wake */
+    pthread_mutex_t mutex; /* from here on: made when its thread sleeps; guards told */
     pthread_cond_t cond;
-    bool finished;
+    bool told;
 };
+
+/* Who finishes an operation whose thread sleeps tells it; of one that does not it only marks that, and touches it no
+ * more: it is on the stack of its thread. */
+enum netchan__wake { NETCHAN__AWAKE, NETCHAN__ASLEEP, NETCHAN__FINISHED };
 
 typedef struct netchan__slot {
     netchan_value value;
@@ -2075,7 +2146,7 @@ struct netchan__match {
     size_t size, memory;    /* its encoded bytes, and what it occupies here */
     uint64_t order;         /* its place in the buffer */
     uint64_t from;          /* the peer that sent it */
-    netchan__buf incoming;
+    netchan__incoming incoming;
     size_t announced;
     size_t shipping;        /* what it counts in its receiver's peer->shipping */
     size_t charge;          /* what it counts in its sender's peer->charged */
@@ -2137,6 +2208,10 @@ typedef struct netchan__frame {
 struct netchan__peer {
     /* Queues a frame and returns the position in the stream at which it ends (never 0). */
     uint64_t (*emit)(netchan__peer *p, const netchan__frame *f);
+    /* The same for DATA, of which there are most; or NULL. */
+    uint64_t (*emit_data)(netchan__peer *p, uint64_t channel, const netchan_value *v, size_t size);
+    void (*owe)(netchan__peer *p); /* NULL, or: there is credit for it, to go with what else is sent */
+    bool owes;
     uint64_t number;     /* netchan_peer.id */
     uint8_t process[16]; /* breaks ties between operations */
     uint64_t sent;       /* the position up to which the stream was given to a link: what is after it never left */
@@ -2175,6 +2250,9 @@ struct netchan__peer {
 
 static pthread_mutex_t netchan__net_lock = PTHREAD_MUTEX_INITIALIZER;
 
+/* Who runs the loop of [18]. */
+enum netchan__runner { NETCHAN__NOBODY, NETCHAN__THREAD, NETCHAN__CALLER };
+
 /* All fields belong to netchan__net_lock. */
 static struct netchan__net_state {
     netchan__map waiters;  /* waiters of this process that are registered at ends, by id */
@@ -2193,11 +2271,24 @@ static struct netchan__net_state {
     struct netchan__session *pending; /* sessions that have something new to send */
     uint8_t process[16];   /* random: who we are */
     void (*on_drained)(netchan__lane *lane); /* a lane of a merge is closed and empty */
-    int wake_fd;           /* a byte written here ends the poll() of the I/O thread */
-    bool wake;             /* to be done before the lock is given back */
     bool at_once;          /* a select looks for what can be paired here and now */
     bool breached;         /* a session or a link is to be ended or replaced, or may be */
-    bool polling;          /* that thread may be in poll() and was not woken yet */
+    /* Who does the I/O, see [18]. */
+    int wake_fd;           /* a byte written here ends poll() */
+    bool wake;             /* the loop is to go round, before the lock is given back */
+    bool hurry;            /* among what is pending is more than values and credit */
+    bool polling;          /* the loop is in poll(), and was not woken yet */
+    bool pushing, held_up; /* a thread sends beside the loop; which waits for that */
+    bool deferred;         /* what is pending was left to the loop */
+    bool lent;             /* the I/O thread leaves the loop to callers */
+    bool stands_by;        /* until it is told */
+    bool finished;         /* the loop has ended an operation that slept */
+    bool alive;            /* the I/O thread is there */
+    enum netchan__runner runner;
+    size_t sleepers;       /* operations and calls that wait for somebody else to run the loop */
+    size_t watchers;       /* of these, calls that wait for a link to change */
+    uint64_t runs;         /* of callers */
+    pthread_cond_t turn;   /* for who waits to run the loop, or go on with it */
 } netchan__net;
 
 static uint64_t netchan__op_count; /* atomic */
@@ -2221,7 +2312,7 @@ static void netchan__enqueue(netchan__queue *q, netchan__waiter *w, bool at_fron
     else q->tail = w;
 }
 
-static void netchan__dequeue(netchan__waiter *w) {
+static NETCHAN__OUT_OF_LINE void netchan__dequeue(netchan__waiter *w) {
     netchan__queue *q = w->queue;
     if (!q) return;
     if (w->prev) w->prev->next = w->next;
@@ -2244,12 +2335,12 @@ static void netchan__mark_dirty(netchan *ch) {
     netchan__net.dirty = ch;
 }
 
-/* The I/O thread looks at all links and sessions: one is to be ended or replaced, or may be. */
+/* The loop looks at all links and sessions: one is to be ended or replaced, or may be. */
 static void netchan__look(void) { netchan__net.breached = netchan__net.wake = true; }
 
 /* The peer did what it may not, or memory for it is short: the I/O thread will end its session. what: the end of a
  * sentence about it. */
-static void netchan__breach(netchan__peer *p, const char *what) {
+static NETCHAN__OUT_OF_LINE void netchan__breach(netchan__peer *p, const char *what) {
     if (!p->breach) p->breach = what;
     netchan__look();
 }
@@ -2377,6 +2468,10 @@ static void netchan__finish(netchan__op *op, netchan__waiter *w, int result) {
         w->ch->undelivered += result != NETCHAN_OK && result != NETCHAN_EUNKNOWN;
     }
     if (op->net) {
+        netchan__net.wake |= op->runs;
+        netchan__net.finished |= op->sleeps;
+        netchan__net.sleepers -= op->sleeps;
+        op->sleeps = false;
         netchan__withdraw_others(op, w);
         if (w) netchan__dequeue(w);
         if (w && w->lane) netchan__update_ready(w->lane);
@@ -2398,10 +2493,11 @@ static void netchan__wake_finished(void) {
             NETCHAN_FREE(op);
             continue;
         }
+        if (__atomic_exchange_n(&op->wake, NETCHAN__FINISHED, __ATOMIC_ACQ_REL) != NETCHAN__ASLEEP) continue;
         pthread_mutex_lock(&op->mutex);
-        op->finished = true;
+        op->told = true;
         pthread_cond_signal(&op->cond);
-        pthread_mutex_unlock(&op->mutex); /* the operation is on the stack of its thread, and gone now */
+        pthread_mutex_unlock(&op->mutex); /* it is gone now */
     }
 }
 
@@ -2667,21 +2763,111 @@ static bool netchan__write_for(netchan__peer *p, uint8_t *end, const netchan_val
     return true;
 }
 
-/* Decodes a value of this peer, which must have the size with which it is passed on. Returns as netchan_decode(); a
- * breach may have been found. */
-static int netchan__decode_from(netchan__peer *p, netchan_value *v, const void *data, size_t size, size_t max_block,
-                                size_t *memory) {
-    netchan__names n = netchan__names_of(p);
-    netchan__measure m = {0, 0, false};
-    int result = netchan__decode(v, data, size, max_block, memory, &n.ends);
-    if (result != NETCHAN_OK) return result;
-    result = netchan__measure_value(v, 0, &m);
-    if (result == NETCHAN_OK && m.wire == size) return result;
-    netchan_clear(v);
+/* The value must have the size with which it is passed on. */
+static int netchan__scan_shortest(const void *data, size_t size, netchan__measure *m) {
+    int result = netchan__scan(data, size, m);
+    if (result != NETCHAN_OK || m->wire == size) return result;
     return netchan__fail(NETCHAN_EPROTO, "the value is not encoded in the shortest form");
 }
 
+/* Decodes a value of this peer. Returns as netchan_decode(); a breach may have been found. */
+static int netchan__decode_from(netchan__peer *p, netchan_value *v, const void *data, size_t size, size_t max_block,
+                                size_t *memory) {
+    netchan__names n = netchan__names_of(p);
+    netchan__measure m;
+    int result = netchan__scan_shortest(data, size, &m);
+    *memory = m.block;
+    if (result == NETCHAN_OK) result = netchan__check_block(size, m.block, max_block);
+    return result == NETCHAN_OK ? netchan__build(v, data, size, &m, &n.ends) : result;
+}
+
+/* A value that may become much larger in memory than on the wire stays in its bytes while it lies in a buffer: what is
+ * lent to a peer can then be filled by it without more memory than it has bytes. Its ends are there already. It is a
+ * value of type NETCHAN__RAW that owns a block, which begins so; the ends and the bytes follow. */
+enum { NETCHAN__RAW_GAIN = 64 };
+
+typedef struct netchan__raw {
+    netchan__ends ends; /* first: hands out the ends one by one */
+    netchan__measure measure;
+    size_t size, count, next;
+    netchan **list;
+} netchan__raw;
+
+/* netchan__ends.find */
+static netchan *netchan__next_raw_end(netchan__ends *e, const uint8_t *name) {
+    netchan__raw *raw = (netchan__raw *)(void *)e;
+    (void)name;
+    return raw->list[raw->next++];
+}
+
+static void netchan__find_raw_ends(netchan__raw *raw, netchan__reader *r, netchan__ends *ends) {
+    netchan_value v;
+    netchan__reader body;
+    netchan__read_head(r, &v, &body);
+    if (netchan__is_chan(&v) && !ends->failed) {
+        netchan *ch = ends->find(ends, body.p);
+        ends->failed = !ch;
+        if (ch) raw->list[raw->count++] = ch;
+    }
+    for (size_t i = 0; netchan__has_children(&v) && i < v.as.block.count; i++) {
+        if (v.type == NETCHAN_MAP) netchan__read_bytes(&body, netchan__read_varint(&body));
+        netchan__find_raw_ends(raw, &body, ends);
+    }
+}
+
+/* As netchan__decode_from(), for a value that goes into a buffer. */
+static int netchan__receive_into_buffer(netchan__peer *p, netchan_value *v, const void *data, size_t size,
+                                        size_t *memory) {
+    netchan__names n = netchan__names_of(p);
+    netchan__measure m;
+    int result = netchan__scan_shortest(data, size, &m);
+    *memory = m.block;
+    if (result != NETCHAN_OK) return result;
+    if (m.block <= size + NETCHAN__RAW_GAIN) return netchan__build(v, data, size, &m, &n.ends);
+    size_t most = m.channels ? size / (2 + NETCHAN__END_SIZE) : 0;
+    size_t head = sizeof(netchan__raw) + most * sizeof(netchan *);
+    netchan__raw *raw = (netchan__raw *)NETCHAN_MALLOC(head + size);
+    if (!raw) return netchan__fail_memory("receiving a value");
+    memset(raw, 0, sizeof *raw);
+    raw->ends.find = netchan__next_raw_end;
+    raw->measure = m;
+    raw->size = size;
+    raw->list = (netchan **)(void *)(raw + 1);
+    memcpy((uint8_t *)raw + head, data, size);
+    *v = netchan__make_block(NETCHAN_BYTES, raw, head);
+    v->type = NETCHAN__RAW;
+    v->flags = NETCHAN__OWNED | (m.channels ? NETCHAN__HAS_CHANNELS : 0);
+    *memory = head + size;
+    netchan__reader r = {(const uint8_t *)data, (const uint8_t *)data + size, false};
+    if (m.channels) netchan__find_raw_ends(raw, &r, &n.ends);
+    if (!n.ends.failed) return NETCHAN_OK;
+    netchan_clear(v);
+    return netchan__fail(NETCHAN_EPROTO, "these %zu bytes name a channel that cannot be had", size);
+}
+
+static void netchan__free_raw_ends(const netchan_value *v) {
+    const netchan__raw *raw = (const netchan__raw *)v->as.block.data;
+    for (size_t i = 0; i < raw->count; i++) netchan_free(raw->list[i]);
+}
+
+/* Decodes the value of a slot, if that was not done yet. Returns OK or ENOMEM; nothing has changed then. */
+static int netchan__ripen(netchan__lane *lane, netchan__slot *slot) {
+    if (slot->value.type != NETCHAN__RAW) return NETCHAN_OK;
+    netchan__raw *raw = (netchan__raw *)(uintptr_t)slot->value.as.block.data;
+    netchan_value v;
+    int result = netchan__build(&v, (uint8_t *)raw + slot->value.as.block.count, raw->size, &raw->measure,
+                                raw->measure.channels ? &raw->ends : NULL);
+    if (result != NETCHAN_OK) return result;
+    netchan__occupy(lane, slot, false);
+    slot->value = v;
+    slot->memory = raw->measure.block + sizeof *slot;
+    netchan__occupy(lane, slot, true);
+    NETCHAN_FREE(raw);
+    return NETCHAN_OK;
+}
+
 static size_t netchan__count_ends(const netchan_value *v) {
+    if (v->type == NETCHAN__RAW) return ((const netchan__raw *)v->as.block.data)->count;
     size_t count = netchan__is_chan(v);
     netchan_entry e;
     for (size_t i = 0; netchan__has_children(v) && netchan__child(v, i, &e); i++)
@@ -2717,22 +2903,44 @@ static void netchan__finish_sender(netchan__waiter *s, int result, uint64_t take
 /* The process that a waiting sender belongs to. */
 static uint64_t netchan__sender_number(const netchan__waiter *s) { return s->op ? 0 : s->peer_number; }
 
-/* Lends free slots to the peer of the lane; in batches, unless it has none left. What is lent and what came must fit
- * into half of max_memory, even if every value swells as much as one can. */
-static void netchan__lend(netchan__lane *lane) {
-    netchan__peer *p = lane->peer;
-    if (!p || p->leaving || lane->closing || !lane->cap || lane->senders.head) return;
+/* How many slots the peer of the lane should have on loan: what is lent and what came must fit into half of max_memory.
+ */
+static size_t netchan__lendable(const netchan__lane *lane) {
+    const netchan__peer *p = lane->peer;
     size_t used = lane->count + lane->out + lane->reserved, free_slots = used < lane->cap ? lane->cap - used : 0;
-    size_t worst = NETCHAN__FRAGMENT * (size_t)NETCHAN__SWELL, most = p->max_memory / 2 / worst + 1;
+    size_t worst = 2 * NETCHAN__FRAGMENT; /* see netchan__raw */
     size_t room = lane->memory < p->max_memory / 2 ? (p->max_memory / 2 - lane->memory) / worst : 0;
     size_t target = room ? room : used == 0; /* one at least, or nothing would ever come */
     if (target > free_slots) target = free_slots;
-    if (target < lane->lent) target = lane->lent;
-    size_t batch = (lane->cap < most ? lane->cap : most) / 4;
-    if ((target == lane->lent || (lane->lent && target - lane->lent < batch)) && lane->left <= batch) return;
-    netchan__emit_ids(p, NETCHAN__CREDIT, 0, 0, 0, target - lane->lent, lane->left);
+    return target > lane->lent ? target : lane->lent;
+}
+
+static bool netchan__lends(const netchan__lane *lane) {
+    return lane->peer && !lane->peer->leaving && !lane->closing && lane->cap && !lane->senders.head;
+}
+
+static void netchan__lend_now(netchan__lane *lane) {
+    lane->peer->owes = false;
+    if (!netchan__lends(lane)) return;
+    size_t target = netchan__lendable(lane);
+    if (target == lane->lent && !lane->left) return;
+    netchan__emit_ids(lane->peer, NETCHAN__CREDIT, 0, 0, 0, target - lane->lent, lane->left);
     lane->lent = target;
     lane->left = 0;
+}
+
+/* Lends free slots to the peer of the lane, in batches; when it has none left less is enough, but that may wait a
+ * little for more. */
+static void netchan__lend(netchan__lane *lane) {
+    netchan__peer *p = lane->peer;
+    if (!netchan__lends(lane)) return;
+    size_t more = netchan__lendable(lane) - lane->lent, most = p->max_memory / 4 / NETCHAN__FRAGMENT + 1;
+    size_t batch = (lane->cap < most ? lane->cap : most) / 4;
+    if ((more && more >= batch) || lane->left > batch || (more && !lane->lent && !p->owe)) netchan__lend_now(lane);
+    else if (more && !lane->lent && !p->owes) {
+        p->owes = true;
+        p->owe(p);
+    }
 }
 
 /* Tells the peer of the lane how many of its values have left the buffer. */
@@ -2748,8 +2956,9 @@ static void netchan__hand_back(netchan__lane *lane) {
     if (!p || p->farewell || lane->out) return;
     netchan__tell_left(lane);
     while (lane->count) {
+        bool ripe = netchan__ripen(lane, &lane->slots[lane->first]) == NETCHAN_OK;
         netchan__slot slot = netchan__lane_pop(lane);
-        uint8_t *bytes = (uint8_t *)NETCHAN_MALLOC(slot.size);
+        uint8_t *bytes = ripe ? (uint8_t *)NETCHAN_MALLOC(slot.size) : NULL;
         bool written = bytes && netchan__write_for(p, bytes + slot.size, &slot.value);
         if (!written) netchan__breach(p, "out of memory for a value that goes back to it");
         for (size_t done = 0; written && done < slot.size;) {
@@ -2933,6 +3142,15 @@ static bool netchan__fits_nobody(const netchan *ch, const netchan__waiter *s) {
     return nobody;
 }
 
+/* There is no memory for what a receiver would get. Returns whether it is over. */
+static bool netchan__starve(netchan__waiter *r) {
+    if (!r->op) netchan__breach(r->peer, "out of memory for a value that it waits for");
+    if (!r->op || !netchan__change_state(r->op, NETCHAN__OPEN, NETCHAN__ENGAGED)) return false;
+    netchan__dequeue(r);
+    netchan__finish(r->op, r, NETCHAN_ENOMEM);
+    return true;
+}
+
 /* Brings a receiver that waits together with what the lane has. Returns whether something happened. */
 static bool netchan__serve_one(netchan__lane *lane, netchan__waiter *r) {
     netchan *ch = lane->ch;
@@ -2950,9 +3168,10 @@ static bool netchan__serve_one(netchan__lane *lane, netchan__waiter *r) {
         netchan__update_ready(lane);
         return true;
     }
-    const netchan__slot *slot = lane->cap ? &lane->slots[lane->first] : NULL;
+    netchan__slot *slot = lane->cap ? &lane->slots[lane->first] : NULL;
     if (slot ? netchan__is_too_big(r, &slot->value, slot->size) : !s) return false;
     if (!netchan__may_pair(lane->ch, s, r)) return false;
+    if (slot && netchan__ripen(lane, slot) != NETCHAN_OK) return netchan__starve(r);
     netchan__next_turn(lane);
     netchan__bring_together(lane, s, r);
     return true;
@@ -3157,7 +3376,7 @@ static void netchan__unlink_match(netchan__match *m) {
 
 static void netchan__free_match(netchan__match *m) {
     netchan_clear(&m->value);
-    netchan__buf_free(&m->incoming);
+    netchan__buf_free(&m->incoming.bytes);
     netchan__lane_changed(m->lane);
     netchan__mark_dirty(m->ch);
     NETCHAN_FREE(m);
@@ -3449,7 +3668,7 @@ static void netchan__unregister(netchan__waiter *w) {
         netchan__has_room(w->peer);
     }
     w->announced = 0;
-    netchan__buf_free(&w->incoming);
+    netchan__buf_free(&w->incoming.bytes);
     w->claim = 0;
     if (!w->id) return;
     netchan__map_remove(&netchan__net.waiters, w->id);
@@ -3565,7 +3784,7 @@ static netchan__waiter *netchan__engaged_waiter(netchan__peer *p, uint64_t entry
 
 static void netchan__on_commit(netchan__peer *p, netchan__frame *f) {
     netchan__waiter *w = netchan__engaged_waiter(p, f->entry, f->match);
-    if (!w || w->is_send || w->incoming.cap) {
+    if (!w || w->is_send || w->incoming.bytes.data) {
         netchan__breach(p, "it committed a match that was not granted");
         return;
     }
@@ -3579,21 +3798,49 @@ static void netchan__on_commit(netchan__peer *p, netchan__frame *f) {
     else if (w->announced != f->size) netchan__breach(p, "it changed the size of a value");
 }
 
+/* Makes room for a value, see netchan__incoming. Returns false when out of memory. */
+static bool netchan__begin_gathering(netchan__incoming *in, size_t announced, const netchan__frame *f) {
+    netchan__reader r = {f->bytes, f->bytes + f->count, false};
+    unsigned tag = f->count ? (unsigned)*f->bytes : (unsigned)NETCHAN__TAG_NIL;
+    netchan__read_bytes(&r, 1);
+    uint64_t payload = netchan__read_varint(&r);
+    size_t head = (size_t)(r.p - f->bytes);
+    in->type = netchan__tag_type(tag);
+    netchan_value v = netchan__make_value(in->type);
+    bool numbers = in->type > NETCHAN_MAP && payload % netchan__item_size(v.type) == 0;
+    bool whole = !r.bad && head + payload == announced && head == netchan__length_prefixed((size_t)payload) - payload;
+    in->head = whole && netchan__little_endian() && (in->type == NETCHAN_BYTES || numbers) ? head : 0;
+    in->bytes.data = (uint8_t *)NETCHAN_MALLOC(netchan__align(announced - in->head));
+    return in->bytes.data != NULL;
+}
+
 /* Adds a fragment. Returns true when the value is whole, which is then in *v. */
-static bool netchan__gather(netchan__peer *p, netchan__buf *incoming, size_t announced, const netchan__frame *f,
+static bool netchan__gather(netchan__peer *p, netchan__incoming *in, size_t announced, const netchan__frame *f,
                             netchan_value *v, size_t *memory) {
-    if (!announced || f->count > announced - netchan__buf_size(incoming)) {
+    size_t have = in->bytes.end;
+    if (!announced || f->count > announced - have) {
         netchan__breach(p, "it sent more fragments than it had announced");
         return false;
     }
-    bool room = incoming->data || netchan__buf_reserve(incoming, announced); /* once: it is large */
-    if (!room || !netchan__buf_append(incoming, f->bytes, f->count)) {
+    if (!in->bytes.data && !netchan__begin_gathering(in, announced, f)) {
         netchan__breach(p, "out of memory for a value it sent");
         return false;
     }
-    if (netchan__buf_size(incoming) < announced) return false;
-    int result = netchan__decode_from(p, v, incoming->data + incoming->start, announced, p->max_memory, memory);
-    netchan__buf_free(incoming);
+    size_t skip = have ? 0 : in->head;
+    if (f->count) memcpy(in->bytes.data + have + skip - in->head, f->bytes + skip, f->count - skip);
+    in->bytes.end += f->count;
+    if (in->bytes.end < announced) return false;
+    int result = NETCHAN_OK;
+    if (in->head) {
+        size_t size = announced - in->head;
+        *v = netchan__make_value(in->type);
+        v->as.block.data = in->bytes.data;
+        v->as.block.count = size / netchan__item_size(v->type);
+        v->flags = NETCHAN__OWNED;
+        *memory = netchan__align(size);
+        memset(&in->bytes, 0, sizeof in->bytes);
+    } else result = netchan__decode_from(p, v, in->bytes.data, announced, p->max_memory, memory);
+    netchan__buf_free(&in->bytes);
     if (result == NETCHAN_OK) return true;
     netchan__breach(p, "it sent a value that cannot be decoded, or not within max_memory");
     return false;
@@ -3625,12 +3872,12 @@ static void netchan__on_release(netchan__peer *p, netchan__frame *f) {
 
 static void netchan__register_all(netchan *ch);
 
-/* The value of w is in the home's buffer, or on its way. */
-static void netchan__entered(netchan *ch, const netchan__waiter *w) {
+/* A value is in the home's buffer, or on its way. */
+static void netchan__entered(netchan *ch, size_t size, size_t memory) {
     ch->in_flight++;
-    ch->in_flight_bytes += w->size;
-    if (w->size > ch->largest) ch->largest = w->size;
-    if (w->memory > ch->largest_memory) ch->largest_memory = w->memory;
+    ch->in_flight_bytes += size;
+    if (size > ch->largest) ch->largest = size;
+    if (memory > ch->largest_memory) ch->largest_memory = memory;
 }
 
 /* The send is over; or, with a result that is not OK, any operation. */
@@ -3655,7 +3902,7 @@ static void netchan__on_accept(netchan__peer *p, netchan__frame *f) {
     w->op->peer = p->number;
     if (!refused) {
         p->stats->values_sent++;
-        if (w->ch->credited && w->ch->lane.cap) netchan__entered(w->ch, w);
+        if (w->ch->credited && w->ch->lane.cap) netchan__entered(w->ch, w->size, w->memory);
         else p->taken++;
     }
     netchan *ch = w->ch;
@@ -3692,6 +3939,23 @@ static netchan__waiter *netchan__next_sender(const netchan *ch) {
     return s;
 }
 
+/* Sends a value within credit. Returns false when the session is broken; the value waits for the next. */
+static bool netchan__emit_data(netchan *ch, const netchan_value *v, size_t size, size_t memory) {
+    netchan__peer *p = ch->home;
+    if (!p->emit_data || netchan__has_ends(v)) {
+        netchan__frame f = netchan__new_frame(NETCHAN__DATA);
+        f.channel = ch->channel;
+        f.has_value = true;
+        f.value = *v;
+        f.size = size;
+        if (p->emit(p, &f) == UINT64_MAX) return false;
+    } else if (p->emit_data(p, ch->channel, v, size) == UINT64_MAX) return false;
+    ch->credit--;
+    netchan__entered(ch, size, memory);
+    p->stats->values_sent++;
+    return true;
+}
+
 /* Sends within credit, of which an offer of a large value costs as much; then the close, once all before it is on its
  * way. */
 static void netchan__pair_end(netchan *ch) {
@@ -3703,15 +3967,7 @@ static void netchan__pair_end(netchan *ch) {
             if (s->queue && !s->id) break; /* not now */
             continue;
         }
-        netchan__frame f = netchan__new_frame(NETCHAN__DATA);
-        f.channel = ch->channel;
-        f.has_value = true;
-        f.value = s->value;
-        f.size = s->size;
-        if (p->emit(p, &f) == UINT64_MAX) return; /* the session is broken; the value waits for the next */
-        ch->credit--;
-        netchan__entered(ch, s);
-        p->stats->values_sent++;
+        if (!netchan__emit_data(ch, &s->value, s->size, s->memory)) return;
         netchan__dequeue(s);
         netchan__change_state(s->op, NETCHAN__OPEN, NETCHAN__ENGAGED);
         s->op->peer = p->number;
@@ -3909,6 +4165,7 @@ static void netchan__on_return(netchan__peer *p, netchan__frame *f) {
     if (w) netchan__enqueue(&ch->returned, w, false);
 }
 
+NETCHAN__SMALL_BEGIN
 /* ====================================================================================================================
  * [10] Relays: ends that were passed on. Net.
  *
@@ -3935,7 +4192,7 @@ static void netchan__relay_unclaim(netchan__remote *r) {
     if (giver && w->announced) netchan__has_room(giver);
     if (w->peer && r->size) netchan__has_room(w->peer);
     w->announced = r->size = 0;
-    netchan__buf_free(&w->incoming);
+    netchan__buf_free(&w->incoming.bytes);
     if (r->down) netchan__map_remove(&netchan__net.relays, r->down);
     r->down = w->claim = w->waited = 0;
     r->carried = false;
@@ -4191,7 +4448,7 @@ static void netchan__relay_down(netchan__peer *p, netchan__remote *r, netchan__f
         else {
             if (!f->number) {
                 p->stats->values_sent++;
-                if (w->ch->credited && w->ch->lane.cap) netchan__entered(w->ch, w);
+                if (w->ch->credited && w->ch->lane.cap) netchan__entered(w->ch, w->size, w->memory);
                 else p->taken++;
             }
             netchan__relay_end(r, -(int)f->number);
@@ -4548,9 +4805,10 @@ static void netchan__on_taken(netchan__peer *p, netchan__frame *f) {
     else netchan__breach(p, "it took what was not committed");
 }
 
-static void netchan__on_data(netchan__peer *p, netchan__frame *f) {
+/* The value is moved. */
+static void netchan__on_data(netchan__peer *p, uint64_t channel, netchan_value *v, size_t size, size_t memory) {
     netchan__lane *lane = p->lane;
-    if (!lane || f->channel != 0 || !lane->lent || lane->closing || !f->has_value) {
+    if (!lane || channel != 0 || !lane->lent || lane->closing || !size) {
         netchan__breach(p, "it sent without credit, or after its close");
         return;
     }
@@ -4560,8 +4818,10 @@ static void netchan__on_data(netchan__peer *p, netchan__frame *f) {
     }
     lane->lent--;
     p->stats->values_received++;
-    netchan__lane_push(lane, &f->value, (size_t)f->size, f->memory, p->number);
-    netchan__lane_changed(lane);
+    netchan__lane_push(lane, v, size, memory, p->number);
+    bool waited_for = lane->ch->receivers.head || lane->senders.head || lane->returning;
+    if (waited_for || !lane->lent) netchan__lane_changed(lane);
+    else netchan__update_ready(lane); /* nobody has anything of it yet */
 }
 
 static void netchan__free_lane(netchan__lane *lane) {
@@ -4621,7 +4881,7 @@ static void netchan__handle(netchan__peer *p, netchan__frame *f) {
     case NETCHAN__GRANT: netchan__on_grant(p, f); break;
     case NETCHAN__DECLINE: netchan__on_decline(p, f); break;
     case NETCHAN__TAKEN: netchan__on_taken(p, f); break;
-    case NETCHAN__DATA: netchan__on_data(p, f); break;
+    case NETCHAN__DATA: netchan__on_data(p, f->channel, &f->value, (size_t)f->size, f->memory); break;
     case NETCHAN__CLOSE: netchan__on_close(p, f); break;
     case NETCHAN__FRAGMENT_UP: netchan__on_fragment_of_sender(p, f); break;
     case NETCHAN__DROP: netchan__on_drop(p, f); break;
@@ -5020,6 +5280,8 @@ static void netchan__ends_lost(netchan__peer *p) {
     netchan__map_free(&p->exported);
 }
 
+NETCHAN__SMALL_END
+
 /* ====================================================================================================================
  * [12] Operations: what a blocked call does. It registers one waiter per case under the locks of all its channels,
  * pairs, and, if nothing could happen at once, sleeps on its own condition until somebody finishes it or its time is
@@ -5034,14 +5296,27 @@ static pthread_mutex_t *netchan__lock_of(netchan *ch) { return __atomic_load_n(&
 static pthread_mutex_t netchan__dead_lock = PTHREAD_MUTEX_INITIALIZER;
 static netchan *netchan__dead;
 
+/* The loop is to go round once more, whoever runs it. A caller that is at it looks before it leaves. */
+static void netchan__wake_loop(void) {
+    if (netchan__net.runner == NETCHAN__CALLER && !netchan__net.polling) return;
+    netchan__net.wake = false;
+    if (netchan__net.polling) {
+        netchan__net.polling = false;
+        while (write(netchan__net.wake_fd, "", 1) < 0 && errno == EINTR) continue; /* a full pipe wakes as well */
+    } else if (netchan__net.runner == NETCHAN__NOBODY && netchan__net.alive) {
+        netchan__net.lent = false;
+        pthread_cond_broadcast(&netchan__net.turn);
+    }
+}
+
+static bool netchan__push_out(void);
+static void netchan__run_loop(netchan__op *op, uint64_t deadline);
+
 static void netchan__give_back(pthread_mutex_t *lock) {
     if (lock == &netchan__net_lock) {
         netchan__settle();
-        if (netchan__net.wake && netchan__net.polling) {
-            netchan__net.polling = false;
-            while (write(netchan__net.wake_fd, "", 1) < 0 && errno == EINTR) continue; /* a full pipe wakes as well */
-        }
-        netchan__net.wake = false;
+        if (netchan__net.pending) netchan__push_out();
+        if (netchan__net.wake) netchan__wake_loop();
     }
     pthread_mutex_unlock(lock);
 }
@@ -5055,16 +5330,52 @@ static void netchan__bury_rest(void) {
     }
 }
 
-static void netchan__unlock_one(pthread_mutex_t *lock) {
+static NETCHAN__OUT_OF_LINE void netchan__unlock_one(pthread_mutex_t *lock) {
     netchan__give_back(lock);
     netchan__wake_finished();
     netchan__bury_rest();
 }
 
+static void netchan__pause(int count) {
+    for (int i = 0; i < count; i++) {
+#if defined(__x86_64__) || defined(__i386__)
+        __builtin_ia32_pause();
+#elif defined(__aarch64__) && defined(__GNUC__)
+        __asm__ volatile("isb");
+#else
+        __asm__ volatile("" ::: "memory");
+#endif
+    }
+}
+
+/* Waiting without sleep is of no use, and not done for a while, when it was not several times in a row. */
+static NETCHAN__THREAD_LOCAL unsigned netchan__spun_in_vain;
+
+static bool netchan__may_spin(void) {
+    enum { MOST = 4, EVERY = 16 };
+    return netchan__spun_in_vain < MOST || netchan__spun_in_vain++ % EVERY == 0;
+}
+
+static bool netchan__note_spin(bool hit) {
+    netchan__spun_in_vain = hit ? 0 : netchan__spun_in_vain + 1;
+    return hit;
+}
+
+/* Tries for some microseconds before it sleeps, less and less often: who has the lock then gets several things done in
+ * a row. */
+static void netchan__take_lock(pthread_mutex_t *lock) {
+    enum { PAUSES = 16, MOST = 512 };
+    for (int pauses = PAUSES; pauses <= MOST; pauses *= 2) {
+        if (pthread_mutex_trylock(lock) == 0) return;
+        netchan__pause(pauses);
+    }
+    pthread_mutex_lock(lock);
+}
+
 static pthread_mutex_t *netchan__lock_channel(netchan *ch) {
     for (;;) {
         pthread_mutex_t *lock = netchan__lock_of(ch);
-        pthread_mutex_lock(lock);
+        netchan__take_lock(lock);
         if (lock == netchan__lock_of(ch)) return lock;
         pthread_mutex_unlock(lock);
     }
@@ -5112,7 +5423,7 @@ static void netchan__unlock_all(netchan__locks *locks) {
 static void netchan__lock_all(netchan__op *op, netchan__locks *locks) {
     for (;;) {
         bool net = netchan__collect_locks(op, locks), same = true;
-        for (size_t i = 0; i < locks->count; i++) pthread_mutex_lock(locks->items[i]);
+        for (size_t i = 0; i < locks->count; i++) netchan__take_lock(locks->items[i]);
         if (net) {
             for (size_t i = 0; i < op->count; i++)
                 if (op->waiters[i].ch) netchan__adopt(op->waiters[i].ch);
@@ -5173,11 +5484,20 @@ static bool netchan__cond_wait(pthread_cond_t *cond, pthread_mutex_t *mutex, uin
 
 /* The same with netchan__net_lock, when nothing is left to be done or sent. */
 static bool netchan__wait_net(pthread_cond_t *cond, uint64_t deadline) {
+    bool in_time = true;
+    netchan__net.sleepers++;
+    netchan__net.watchers++;
+    if (netchan__net.lent) netchan__net.wake = true;
     netchan__settle();
-    if (!netchan__net.wake && !netchan__to_wake) return netchan__cond_wait(cond, &netchan__net_lock, deadline);
-    netchan__unlock_one(&netchan__net_lock);
-    pthread_mutex_lock(&netchan__net_lock);
-    return true;
+    bool waits = !(netchan__net.pending && netchan__push_out()); /* else it gave the lock back */
+    if (netchan__net.wake) netchan__wake_loop();
+    if (netchan__to_wake) {
+        netchan__unlock_one(&netchan__net_lock);
+        pthread_mutex_lock(&netchan__net_lock);
+    } else if (waits) in_time = netchan__cond_wait(cond, &netchan__net_lock, deadline);
+    netchan__net.sleepers--;
+    netchan__net.watchers--;
+    return in_time;
 }
 
 static uint64_t netchan__deadline(int timeout_ms) {
@@ -5316,13 +5636,44 @@ static void netchan__expire(netchan__op *op) {
     else op->expired = true;
 }
 
-/* Returns whether the operation is finished; false only past the deadline. */
-static bool netchan__sleep(netchan__op *op, uint64_t deadline) {
+static bool netchan__is_finished(const netchan__op *op) {
+    return __atomic_load_n(&op->wake, __ATOMIC_ACQUIRE) == NETCHAN__FINISHED;
+}
+
+/* For a moment its thread looks whether it is over, which is cheaper than to sleep when the other side is at work.
+ * Returns whether it is. */
+static bool netchan__spin(const netchan__op *op) {
+    enum { ROUNDS = 64, PAUSES = 16 };
+    if (netchan__is_finished(op) || !netchan__may_spin()) return netchan__is_finished(op);
+    for (int i = 0; i < ROUNDS && !netchan__is_finished(op); i++) netchan__pause(PAUSES);
+    return netchan__note_spin(netchan__is_finished(op));
+}
+
+/* Falls asleep, the first time. Returns false when the operation was over before. */
+static bool netchan__fall_asleep(netchan__op *op) {
+    int awake = NETCHAN__AWAKE;
+    pthread_mutex_init(&op->mutex, NULL);
+    netchan__cond_init(&op->cond);
+    return __atomic_compare_exchange_n(&op->wake, &awake, NETCHAN__ASLEEP, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+}
+
+/* Returns whether the operation is finished; false only past the deadline. slept: whether this was called before, and
+ * whether netchan__end_sleep() is to be called. */
+static bool netchan__sleep(netchan__op *op, bool net, bool *slept, uint64_t deadline) {
+    if (net) netchan__run_loop(op, deadline);
+    if (!*slept && (net ? netchan__is_finished(op) : netchan__spin(op))) return true;
+    bool over = !*slept && !netchan__fall_asleep(op);
+    *slept = true;
     pthread_mutex_lock(&op->mutex);
-    while (!op->finished && netchan__cond_wait(&op->cond, &op->mutex, deadline)) continue;
-    bool finished = op->finished;
+    while (!over && !op->told && netchan__cond_wait(&op->cond, &op->mutex, deadline)) continue;
+    over |= op->told;
     pthread_mutex_unlock(&op->mutex);
-    return finished;
+    return over;
+}
+
+static void netchan__end_sleep(netchan__op *op) {
+    pthread_cond_destroy(&op->cond);
+    pthread_mutex_destroy(&op->mutex);
 }
 
 /* Selects of this thread with other processes in a row that did not have to wait, and the channel of the last. */
@@ -5330,6 +5681,30 @@ static NETCHAN__THREAD_LOCAL struct netchan__streak {
     unsigned length;
     const netchan *winner;
 } netchan__streak;
+
+/* The operation was over at once: nobody sleeps. */
+static void netchan__stay_awake(netchan__op *op) {
+    netchan__op **at = &netchan__to_wake;
+    while (*at != op) at = &(*at)->next_to_wake;
+    *at = op->next_to_wake;
+}
+
+/* Sleeps until the operation is finished, and leaves the queues. */
+static void netchan__wait(netchan__op *op, netchan__locks *locks, bool net, uint64_t deadline) {
+    bool slept = false, in_time = netchan__sleep(op, net, &slept, deadline);
+    if (!in_time) {
+        netchan__lock_all(op, locks);
+        netchan__expire(op);
+        net = op->net;
+        netchan__unlock_all(locks);
+        netchan__sleep(op, net, &slept, UINT64_MAX);
+    }
+    if (slept) netchan__end_sleep(op);
+    if (in_time && op->count == 1) return; /* who finished it took its waiter out, and may have freed the channel */
+    netchan__lock_all(op, locks);
+    netchan__leave_queues(op);
+    netchan__unlock_all(locks);
+}
 
 /* Runs the prepared operation to its end. */
 static void netchan__run(netchan__op *op, netchan__locks *locks, int timeout_ms) {
@@ -5341,17 +5716,11 @@ static void netchan__run(netchan__op *op, netchan__locks *locks, int timeout_ms)
     bool over = netchan__state(op) == NETCHAN__DONE; /* by this thread: it has had the locks all the time */
     if (over && op->index >= 0 && op->count > 1) netchan__streak.length++;
     if (over) netchan__leave_queues(op);
+    if (over) netchan__stay_awake(op);
+    bool net = op->net;
     netchan__unlock_all(locks);
     if (over) return;
-    if (!netchan__sleep(op, deadline)) {
-        netchan__lock_all(op, locks);
-        netchan__expire(op);
-        netchan__unlock_all(locks);
-        netchan__sleep(op, UINT64_MAX);
-    } else if (op->count == 1) return; /* who finished it took its waiter out, and may have freed the channel */
-    netchan__lock_all(op, locks);
-    netchan__leave_queues(op);
-    netchan__unlock_all(locks);
+    netchan__wait(op, locks, net, deadline);
 }
 
 /* One send, receive or select. The caller provides zeroed room for the waiters and for the locks. */
@@ -5382,11 +5751,7 @@ static int netchan__operate(netchan_case *cases, size_t count, int timeout_ms, n
     }
     int result = op.index;
     if (result == NETCHAN_OK) {
-        pthread_mutex_init(&op.mutex, NULL);
-        netchan__cond_init(&op.cond);
         netchan__run(&op, &locks, timeout_ms);
-        pthread_cond_destroy(&op.cond);
-        pthread_mutex_destroy(&op.mutex);
         result = op.index < 0 || op.result == NETCHAN_ENOMEM ? op.result : op.index;
         netchan__note(op.result, netchan_strerror(op.result));
     }
@@ -5432,19 +5797,109 @@ static int netchan__operate_one(netchan_case *c, uint64_t to, int timeout_ms) {
     return result < 0 ? result : c->result;
 }
 
+/* ---- Short cuts: what most sends and receives come to, in a few steps. Each does just what netchan__operate() would
+ * do with nobody waiting and nothing closing; else it does nothing and returns false. ---- */
+
+/* Into a buffer at home. The value is moved. */
+static bool netchan__put_quickly(netchan *ch, netchan_value *v, const netchan__measure *m) {
+    netchan__lane *lane = &ch->lane;
+    if (ch->is_end || ch->plain || ch->closing || ch->gone || ch->receivers.head || lane->senders.head) return false;
+    if (ch->receivers_lost || !netchan__slot_free(lane) || !netchan__lane_room(lane)) return false;
+    netchan__lane_push(lane, v, m->wire, m->block, 0);
+    netchan__update_ready(lane);
+    return true;
+}
+
+/* Over a link, within credit. */
+static bool netchan__emit_quickly(netchan *ch, const netchan_value *v, const netchan__measure *m) {
+    const netchan__peer *p = ch->home;
+    if (!ch->credited || !ch->credit || !p || p->leaving || ch->closing || ch->gone) return false;
+    if (ch->lane.senders.head || ch->detached || ch->relayed.head) return false;
+    if (m->wire > NETCHAN__FRAGMENT || m->wire > p->their_message) return false;
+    return netchan__emit_data(ch, v, m->wire, m->block);
+}
+
+static bool netchan__send_quickly(netchan *ch, netchan_value *v) {
+    enum { MOST = 4096 }; /* bytes that may be copied in vain */
+    netchan__measure m = {0, 0, false};
+    netchan_value copy = *v;
+    if (!ch || netchan__is_inherited(ch) || !ch->may_send) return false;
+    bool is_end = ch->is_end; /* who receives the value may free the channel at once */
+    if (netchan__measure_value(v, 0, &m) != NETCHAN_OK || m.channels || (!is_end && m.block > MOST)) return false;
+    if (!is_end && (!ch->lane.cap || netchan__copy_measured(&copy, v, &m) != NETCHAN_OK)) return false;
+    pthread_mutex_t *lock = netchan__lock_channel(ch);
+    bool done = is_end ? netchan__emit_quickly(ch, v, &m) : netchan__put_quickly(ch, &copy, &m);
+    netchan__unlock_one(lock);
+    if (!is_end) netchan_clear(&copy);
+    return done;
+}
+
+/* Takes the next value out of a buffer. */
+static bool netchan__take_quickly(netchan *ch, netchan__slot *slot) {
+    netchan__lane *lane = ch->ready;
+    if (!lane || !lane->cap || lane->closing || lane->returning || lane->senders.head) return false;
+    if (ch->receivers.head || ch->closing || ch->senders_lost) return false;
+    if (netchan__ripen(lane, &lane->slots[lane->first]) != NETCHAN_OK) return false;
+    netchan__next_turn(lane);
+    *slot = netchan__lane_pop(lane);
+    lane->left++;
+    netchan__lend(lane);
+    netchan__update_ready(lane);
+    if (ch->on_taken) ch->on_taken(ch, &slot->value);
+    return true;
+}
+
+/* Before it waits in the queue of a channel of this process, a call lets the other side get several things done. */
+enum { NETCHAN__TRY_FIRST = 16, NETCHAN__TRY_LAST = 512 }; /* pauses */
+
+static bool netchan__may_retry(const netchan *ch, int timeout_ms) {
+    return ch && timeout_ms && ch->lane.cap && !ch->is_end && !netchan__is_net((netchan *)(uintptr_t)ch) &&
+           netchan__may_spin();
+}
+
+static bool netchan__receive_quickly(netchan_case *c) {
+    netchan *ch = c->ch;
+    netchan__slot slot;
+    if (!ch || netchan__is_inherited(ch) || !ch->may_receive || ch->is_end) return false;
+    pthread_mutex_t *lock = netchan__lock_channel(ch);
+    bool done = netchan__take_quickly(ch, &slot);
+    netchan__unlock_one(lock);
+    if (!done) return false;
+    c->peer.id = slot.from;
+    if (c->into) *c->into = slot.value;
+    else netchan_clear(&slot.value);
+    return true;
+}
+
 NETCHANDEF int netchan_send(netchan *ch, netchan_value v, int timeout_ms) {
+    if (netchan__send_quickly(ch, &v)) return NETCHAN_OK;
+    if (netchan__may_retry(ch, timeout_ms)) {
+        bool sent = false;
+        for (int pauses = NETCHAN__TRY_FIRST; pauses <= NETCHAN__TRY_LAST && !sent; pauses *= 2) {
+            netchan__pause(pauses);
+            sent = netchan__send_quickly(ch, &v);
+        }
+        if (netchan__note_spin(sent)) return NETCHAN_OK;
+    }
     netchan_case c = netchan_case_send(ch, v);
     return netchan__operate_one(&c, 0, timeout_ms);
 }
 
 NETCHANDEF int netchan_recv(netchan *ch, netchan_value *v, int timeout_ms) {
-    netchan_case c = netchan_case_recv(ch, v);
-    return netchan__operate_one(&c, 0, timeout_ms);
+    return netchan_recvfrom(ch, v, NULL, timeout_ms);
 }
 
 NETCHANDEF int netchan_recvfrom(netchan *ch, netchan_value *v, netchan_peer *from, int timeout_ms) {
     netchan_case c = netchan_case_recv(ch, v);
-    int result = netchan__operate_one(&c, 0, timeout_ms);
+    bool done = netchan__receive_quickly(&c);
+    if (!done && netchan__may_retry(ch, timeout_ms)) {
+        for (int pauses = NETCHAN__TRY_FIRST; pauses <= NETCHAN__TRY_LAST && !done; pauses *= 2) {
+            netchan__pause(pauses);
+            done = netchan__receive_quickly(&c);
+        }
+        netchan__note_spin(done);
+    }
+    int result = done ? NETCHAN_OK : netchan__operate_one(&c, 0, timeout_ms);
     if (from) *from = c.peer;
     return result;
 }
@@ -5465,6 +5920,51 @@ static int netchan__select(netchan_case *cases, size_t count, int timeout_ms) {
     if (waiters != few) NETCHAN_FREE(waiters);
     if (locks != few_locks) NETCHAN_FREE(locks);
     return result;
+}
+
+/* Are these few cases, and all on channels of this process alone? */
+static bool netchan__is_plain_select(const netchan_case *cases, size_t count) {
+    enum { FEW = 8 };
+    bool plain = count > 1 && count <= FEW;
+    for (size_t i = 0; i < count && plain; i++) {
+        netchan *ch = cases[i].ch;
+        netchan__measure m = {0, 0, false};
+        if (!ch) continue;
+        plain = !netchan__is_inherited(ch) && !netchan__is_net(ch) && !ch->is_end &&
+                (cases[i].is_send ? ch->may_send : ch->may_receive) &&
+                (!cases[i].is_send || netchan__measure_value(&cases[i].value, 0, &m) == NETCHAN_OK);
+    }
+    return plain;
+}
+
+/* The short cut of a plain select. Returns which case happened, or -1. */
+static int netchan__select_quickly(netchan_case *cases, size_t count) {
+    size_t order[8];
+    for (size_t i = 0; i < count; i++) {
+        order[i] = i;
+        if (!cases[i].is_send && cases[i].into) *cases[i].into = netchan__nil_value;
+    }
+    for (size_t left = count; left; left--) { /* in random order: Fisher and Yates, as in netchan__begin() */
+        size_t j = (size_t)(netchan__random() % left), i = order[j];
+        netchan_case *c = &cases[i];
+        order[j] = order[left - 1];
+        if (!c->ch || !(c->is_send ? netchan__send_quickly(c->ch, &c->value) : netchan__receive_quickly(c))) continue;
+        for (size_t k = 0; k < count; k++) cases[k].result = k == i ? NETCHAN_OK : NETCHAN_ETIMEDOUT;
+        return (int)i;
+    }
+    return -1;
+}
+
+/* The same, which lets other threads get something done first. */
+static int netchan__select_plain(netchan_case *cases, size_t count, int timeout_ms) {
+    int won = netchan__select_quickly(cases, count);
+    if (won >= 0 || !timeout_ms || !netchan__may_spin()) return won;
+    for (int pauses = NETCHAN__TRY_FIRST; won < 0 && pauses <= NETCHAN__TRY_LAST; pauses *= 2) {
+        netchan__pause(pauses);
+        won = netchan__select_quickly(cases, count);
+    }
+    netchan__note_spin(won >= 0);
+    return won;
 }
 
 static bool netchan__is_shared(const netchan_case *c) {
@@ -5497,6 +5997,8 @@ NETCHANDEF int netchan_select(netchan_case *cases, size_t count, int timeout_ms)
     if (count > INT32_MAX) return netchan__fail(NETCHAN_EINVAL, "netchan_select: more cases than an int can number");
     bool shared = false;
     for (size_t i = 0; i < count && count > 1; i++) shared |= netchan__is_shared(&cases[i]);
+    int won = !shared && netchan__is_plain_select(cases, count) ? netchan__select_plain(cases, count, timeout_ms) : -1;
+    if (won >= 0) return won;
     if (shared && streak->length >= TURN) {
         streak->length = 0;
         int other = netchan__try_others(cases, count, streak->winner);
@@ -5673,6 +6175,7 @@ enum {
     NETCHAN__STREAM_LOW = 2 * NETCHAN__FRAME_MAX, /* bytes */
     NETCHAN__ACK_BYTES = 65536, /* an acknowledgement waits for so many bytes, or frames to go with, ... */
     NETCHAN__ACK_MS = 20,       /* ... or so long, at most */
+    NETCHAN__RECORD_FIRST = 1024, /* until a link was of use: it may break again before more is through */
     NETCHAN__CONTROL_MAX = 1024
 };
 
@@ -5714,7 +6217,8 @@ static bool netchan__hold_ends(netchan__parcel *parcel, const netchan_value *v) 
 
 /* One link, as sessions see it. Whoever has its bytes sets binding, identity, fresh and address, and closes it when
  * failure is set and, with flush, all output is gone. */
-typedef struct netchan__wire {
+typedef struct netchan__wire netchan__wire;
+struct netchan__wire {
     netchan__hub *hub;
     netchan__session *session; /* from the end of the greeting; NULL again when the session is over or goes elsewhere */
     void *owner;
@@ -5729,6 +6233,8 @@ typedef struct netchan__wire {
     uint8_t fresh[48];         /* listening: random bytes for a new session */
     netchan__buf in;           /* the beginning of a frame */
     netchan__buf control;      /* frames that are not numbered */
+    netchan__session *pins;    /* whose frames are being encrypted without lock: they stay where they are */
+    uint8_t *unpinned;         /* where they were until more came; freed when that is over */
     uint64_t generation;
     uint64_t last_input, last_ping, last_tick, ack_at; /* nanoseconds; ack_at 0: nothing to acknowledge */
     uint64_t records_in, records_out;
@@ -5736,7 +6242,7 @@ typedef struct netchan__wire {
     bool final;          /* and to dial again is no use */
     char failure_text[320];
     char address[80];
-} netchan__wire;
+};
 
 struct netchan__session {
     netchan__peer peer; /* first: a session is a peer */
@@ -5751,6 +6257,7 @@ struct netchan__session {
     uint8_t id[16], secret[32], identity[32];
     uint64_t generation;   /* of its newest link */
     netchan__buf out;      /* whole frames that the other side may not have */
+    netchan__wire *pinned_by; /* see there */
     size_t given;          /* bytes of them that the link was given */
     uint64_t queued, acked, received, told; /* frames; told: of received, to the other side */
     size_t untold;         /* bytes of the frames that it was not told of */
@@ -5783,14 +6290,15 @@ struct netchan__hub {
     size_t unreceived; /* values that were handed back to a peer and may not have reached it */
     size_t undelivered; /* values for one peer alone, which is gone */
     netchan__session *first_new, *last_new; /* listening: those that wait to be accepted */
-    netchan__name *names;
+    netchan__map names; /* netchan__name by their hashes */
     netchan__asked *asked;
     netchan__wanted *wanted;
     uint64_t last_wanted;
 };
 
-static void netchan__mark_pending(netchan__session *s) {
-    netchan__net.wake = true;
+/* There is something to send. urgent: somebody waits for it. */
+static void netchan__mark_pending(netchan__session *s, bool urgent) {
+    netchan__net.hurry |= urgent;
     if (s->is_pending) return;
     s->is_pending = true;
     s->next_pending = netchan__net.pending;
@@ -5813,7 +6321,7 @@ static void netchan__emit_control(netchan__wire *w, unsigned type, const uint8_t
     *end++ = (uint8_t)type;
     if (!netchan__buf_append(&w->control, head, (size_t)(end - head)) || !netchan__buf_append(&w->control, body, size))
         netchan__wire_fail(w, "out of memory for what is to be sent to it");
-    if (w->session) netchan__mark_pending(w->session);
+    if (w->session) netchan__mark_pending(w->session, true);
 }
 
 static void netchan__emit_number(netchan__wire *w, unsigned type, uint64_t n) {
@@ -5872,42 +6380,59 @@ static netchan__session *netchan__session_of(netchan__peer *p) { return (netchan
 /* How many bytes may wait for the link: with the window, which may be sent again, and with what credit allows. */
 static size_t netchan__stream_limit(const netchan__session *s) {
     const netchan__peer *p = &s->peer;
-    size_t lent = p->send ? p->their_memory / NETCHAN__SWELL : 0;
+    size_t lent = p->send ? p->their_memory / 2 : 0;
     if (p->send && p->send->lane.cap < lent / NETCHAN__FRAME_MAX) lent = p->send->lane.cap * NETCHAN__FRAME_MAX;
     return p->max_memory + NETCHAN_WINDOW + lent;
 }
 
-/* Appends a frame: its type and fields, and room for `extra` bytes at its end, which are returned. NULL when out of
- * memory. */
-static uint8_t *netchan__append_frame(netchan__session *s, const netchan__frame *frame, size_t extra) {
-    uint8_t head[80], *p = head;
-    netchan__frame f = *frame;
-    *p++ = (uint8_t)f.type;
-    for (const char *field = netchan__frame_fields(f.type); *field; field++) {
-        uint64_t *number = netchan__frame_field(&f, *field);
-        if (number) p = netchan__varint_put(p, *number);
-        else if (*field == 'p' && f.flags & NETCHAN__RELAYED) {
-            memcpy(p, f.process, sizeof f.process);
-            p += sizeof f.process;
-        }
-    }
-    size_t length = (size_t)(p - head) + extra, total = netchan__varint_size(length) + length;
+/* netchan__buf_reserve() for the stream. */
+static uint8_t *netchan__reserve_out(netchan__session *s, size_t size) {
+    netchan__buf *out = &s->out, more = {NULL, 0, 0, 0};
+    netchan__wire *by = s->pinned_by;
+    if (!by || out->cap - out->end >= size) return netchan__buf_reserve(out, size);
+    if (!netchan__buf_reserve(&more, netchan__buf_size(out) + size)) return NULL;
+    netchan__buf_append(&more, out->data + out->start, netchan__buf_size(out));
+    if (by->unpinned) NETCHAN_FREE(out->data);
+    else by->unpinned = out->data;
+    *out = more;
+    return out->data + out->end;
+}
+
+/* Appends a frame: its head, which is its type and fields, and room for `extra` bytes at its end, which are returned.
+ * NULL when out of memory. lazy: see netchan__mark_pending(). */
+static uint8_t *netchan__append_bytes(netchan__session *s, const uint8_t *head, size_t size, size_t extra, bool lazy) {
+    size_t length = size + extra, total = netchan__varint_size(length) + length;
     NETCHAN_ASSERT(total <= NETCHAN__FRAME_MAX);
     if (netchan__unsent(s) + total > netchan__stream_limit(s)) {
         netchan__breach(&s->peer, "it does not read what it is sent");
         return NULL;
     }
-    uint8_t *to = netchan__buf_reserve(&s->out, total);
+    uint8_t *to = netchan__reserve_out(s, total);
     if (!to) {
         netchan__breach(&s->peer, "out of memory for what is to be sent to it");
         return NULL;
     }
     to = netchan__varint_put(to, length);
-    memcpy(to, head, (size_t)(p - head));
+    memcpy(to, head, size);
     s->out.end += total;
     s->queued++;
-    netchan__mark_pending(s);
-    return to + (p - head);
+    netchan__mark_pending(s, !lazy);
+    return to + size;
+}
+
+/* The same for any frame. */
+static uint8_t *netchan__append_frame(netchan__session *s, const netchan__frame *frame, size_t extra) {
+    uint8_t head[80], *p = head;
+    *p++ = (uint8_t)frame->type;
+    for (const char *field = netchan__frame_fields(frame->type); *field; field++) {
+        const uint64_t *number = netchan__frame_field((netchan__frame *)(uintptr_t)frame, *field);
+        if (number) p = netchan__varint_put(p, *number);
+        else if (*field == 'p' && frame->flags & NETCHAN__RELAYED) {
+            memcpy(p, frame->process, sizeof frame->process);
+            p += sizeof frame->process;
+        }
+    }
+    return netchan__append_bytes(s, head, (size_t)(p - head), extra, frame->type == NETCHAN__CREDIT);
 }
 
 static void netchan__append_parcel(netchan__session *s, netchan__parcel *parcel) {
@@ -5953,6 +6478,20 @@ static uint64_t netchan__session_emit(netchan__peer *p, const netchan__frame *f)
     else if (extra) netchan__write_value(to + extra, &f->value, &names.ends);
     return large ? netchan__queue_parcel(s, f) : s->queued;
 }
+
+/* netchan__peer.emit_data: a value without ends that fits into a fragment. */
+static uint64_t netchan__session_emit_data(netchan__peer *p, uint64_t channel, const netchan_value *v, size_t size) {
+    netchan__session *s = netchan__session_of(p);
+    uint8_t head[12] = {NETCHAN__DATA}, *end = netchan__varint_put(head + 1, channel);
+    if (s->bye_sent && s->bye_received) return s->queued;
+    uint8_t *to = netchan__append_bytes(s, head, (size_t)(end - head), size, true);
+    if (!to) return UINT64_MAX;
+    netchan__write_value(to + size, v, NULL);
+    return s->queued;
+}
+
+/* netchan__peer.owe */
+static void netchan__session_owe(netchan__peer *p) { netchan__mark_pending(netchan__session_of(p), false); }
 
 /* Puts the next fragment of the first parcel into the stream; the parcels take turns. */
 static void netchan__cut_fragment(netchan__session *s) {
@@ -6000,7 +6539,7 @@ static void netchan__on_ack(netchan__session *s, uint64_t n) {
     if (n <= s->acked) return;
     netchan__trim(s, n);
     s->wire->moved = true;
-    netchan__mark_pending(s); /* the window is open again */
+    if (netchan__unsent(s) || s->parcels) netchan__mark_pending(s, true); /* the window is open again */
 }
 
 /* At the limit the I/O thread looks whether a new link is wanted. */
@@ -6009,11 +6548,13 @@ static void netchan__count_record(uint64_t *count) {
 }
 
 /* The next frames for the link, at most one record of NETCHAN__FRAME_MAX bytes, which count as sent. Returns how many
- * bytes; 0: there is nothing to send. */
-static size_t netchan__wire_output(netchan__wire *w, uint8_t *record) {
+ * bytes; 0: there is nothing to send. They are in record; or, with in_place, they may stay in the stream, where they
+ * are until netchan__wire_encrypted(). */
+static size_t netchan__wire_output(netchan__wire *w, uint8_t *record, const uint8_t **in_place) {
     netchan__session *s = w->up && !w->failure ? w->session : NULL;
     if (w->up && !w->failure && (w->paused || w->records_out >= 2 * (uint64_t)NETCHAN_KEY_RECORDS)) return 0;
     while (s && s->parcels && netchan__unsent(s) < NETCHAN__STREAM_LOW && !s->peer.breach) netchan__cut_fragment(s);
+    if (s && s->peer.owes && s->peer.lane) netchan__lend_now(s->peer.lane);
     bool frames = s && netchan__unsent(s) && s->given < NETCHAN_WINDOW;
     if (s && s->told != s->received && (frames || w->ack_now || s->untold >= NETCHAN__ACK_BYTES)) {
         netchan__emit_ack(w, s);
@@ -6028,14 +6569,20 @@ static size_t netchan__wire_output(netchan__wire *w, uint8_t *record) {
         mbedtls_platform_zeroize(w->control.data + w->control.start, size); /* a HELLO carries a secret */
         netchan__buf_consume(&w->control, size);
     }
+    size_t most = w->moved ? (size_t)NETCHAN__FRAME_MAX : (size_t)NETCHAN__RECORD_FIRST;
     while (frames && netchan__unsent(s) && s->given < NETCHAN_WINDOW) {
-        size_t total = netchan__frame_size(s, s->given);
-        if (size + (s->given - begin) + total > NETCHAN__FRAME_MAX) break;
+        size_t total = netchan__frame_size(s, s->given), filled = size + (s->given - begin);
+        if (filled + total > NETCHAN__FRAME_MAX || (count && filled + total > most)) break;
         s->given += total;
         count++;
     }
     if (count) {
-        memcpy(record + size, s->out.data + s->out.start + begin, s->given - begin);
+        const uint8_t *frames_at = s->out.data + s->out.start + begin;
+        if (in_place && !size) {
+            *in_place = frames_at;
+            s->pinned_by = w;
+            w->pins = s;
+        } else memcpy(record + size, frames_at, s->given - begin);
         size += s->given - begin;
         s->peer.sent += count;
         s->peer.stats->frames_sent += count;
@@ -6045,6 +6592,14 @@ static size_t netchan__wire_output(netchan__wire *w, uint8_t *record) {
     w->hub->stats.records_sent++;
     w->hub->stats.bytes_sent += size;
     return size;
+}
+
+/* What netchan__wire_output() left in its place was encrypted. */
+static void netchan__wire_encrypted(netchan__wire *w) {
+    NETCHAN_FREE(w->unpinned);
+    w->unpinned = NULL;
+    if (w->pins) w->pins->pinned_by = NULL;
+    w->pins = NULL;
 }
 
 /* The link has all that there is for it. */
@@ -6064,6 +6619,26 @@ static void netchan__on_bye(netchan__session *s, uint64_t returns) {
     s->bye_received = s->peer.farewell = true;
     s->returns = returns != 0;
     netchan__leave(&s->peer);
+}
+
+static bool netchan__check_received(netchan__session *s, int result) {
+    if (result == NETCHAN_ENOMEM) netchan__breach(&s->peer, "out of memory for a value it sent");
+    else if (result != NETCHAN_OK) netchan__breach(&s->peer, "it sent a malformed value");
+    return result == NETCHAN_OK;
+}
+
+/* A value within credit, of which there are most. */
+static void netchan__receive_data(netchan__session *s, netchan__reader *r) {
+    netchan_value v = netchan__nil_value;
+    uint64_t channel = netchan__read_varint(r);
+    size_t size = netchan__left(r), memory = 0;
+    int result = NETCHAN_OK;
+    if (r->bad) netchan__breach(&s->peer, "it sent a frame that is cut off");
+    else if (size > s->peer.max_message) netchan__breach(&s->peer, "it sent a value over max_message");
+    else if (size) result = netchan__receive_into_buffer(&s->peer, &v, r->p, size, &memory);
+    if (netchan__check_received(s, result) && !s->peer.breach)
+        netchan__on_data(&s->peer, channel, &v, size, memory);
+    netchan_clear(&v);
 }
 
 /* Reads the fields of a frame. Returns false after a breach. */
@@ -6093,11 +6668,7 @@ static bool netchan__read_frame(netchan__session *s, netchan__frame *f, netchan_
         }
         int result = f->size != left ? NETCHAN_EPROTO
                                      : netchan__decode_from(&s->peer, &f->value, r->p, left, 0, &f->memory);
-        if (result != NETCHAN_OK) {
-            netchan__breach(&s->peer, result == NETCHAN_ENOMEM ? "out of memory for a value it sent"
-                                                               : "it sent a malformed value");
-            return false;
-        }
+        if (!netchan__check_received(s, result)) return false;
         f->has_value = true;
     }
     return true;
@@ -6107,13 +6678,17 @@ static void netchan__on_naming(netchan__session *s, netchan__frame *f);
 
 /* A numbered frame. size: its bytes, with its length. */
 static void netchan__on_frame(netchan__session *s, uint64_t now, unsigned type, netchan__reader *r, size_t size) {
-    netchan__frame f = netchan__new_frame(type);
     s->received++;
     s->untold += size;
     s->wire->moved = true;
     s->peer.stats->frames_received++;
     uint64_t period = NETCHAN__ACK_MS * (uint64_t)1000000; /* the timers of all links coincide */
     if (!s->wire->ack_at) s->wire->ack_at = (now / period + 1) * period;
+    if (type == NETCHAN__DATA) {
+        netchan__receive_data(s, r);
+        return;
+    }
+    netchan__frame f = netchan__new_frame(type);
     if (!netchan__frame_fields(type) || !netchan__read_frame(s, &f, r)) return;
     if (type == NETCHAN__BYE) netchan__on_bye(s, f.number);
     else if (type == NETCHAN__IMPORT || type == NETCHAN__IMPORTED || type == NETCHAN__FORGET) netchan__on_naming(s, &f);
@@ -6211,14 +6786,19 @@ static uint64_t netchan__wire_tick(netchan__wire *w, uint64_t now) {
     if (w->ack_at && now >= w->ack_at && w->session) {
         w->ack_now = true;
         w->ack_at = 0;
-        netchan__mark_pending(w->session);
+        netchan__mark_pending(w->session, true);
     }
-    if (!w->last_ping || (now >= w->last_input + interval && now >= w->last_ping + interval)) {
+    /* A listener is a little earlier than its peers, which then need not ask it; and the heartbeats of all links
+     * coincide, as each costs a wake-up of this process. */
+    uint64_t pause = w->hub->dials ? interval : interval - interval / 8, grid = interval / 16 ? interval / 16 : 1;
+    if (!w->last_ping || (now >= w->last_input + pause && now >= w->last_ping + pause)) {
         netchan__emit_number(w, NETCHAN__PING, now);
         w->last_ping = now;
     }
-    uint64_t next = (w->last_input > w->last_ping ? w->last_input : w->last_ping) + interval;
-    if (next <= now) next = now + interval;
+    uint64_t next = (w->last_input > w->last_ping ? w->last_input : w->last_ping) + pause;
+    if (next <= now) next = now + pause;
+    if (next > w->last_input + 3 * interval) next = w->last_input + 3 * interval;
+    next = (next + grid - 1) / grid * grid;
     return w->ack_at && w->ack_at < next ? w->ack_at : next;
 }
 
@@ -6242,7 +6822,7 @@ static void netchan__take_back(netchan__session *s, netchan__queue *unsent) {
         r.end = s->out.data + s->out.end;
     }
     while (netchan__left(&r)) {
-        size_t length = (size_t)netchan__read_varint(&r), memory;
+        size_t length = (size_t)netchan__read_varint(&r);
         netchan__reader body = {r.p + 1, r.p + length, false};
         bool is_data = *r.p == NETCHAN__DATA && netchan__read_varint(&body) == ch->channel;
         r.p += length;
@@ -6253,11 +6833,12 @@ static void netchan__take_back(netchan__session *s, netchan__queue *unsent) {
         s->peer.returned++;
         s->peer.stats->values_sent--;
         netchan__names names = {{NULL, netchan__find_own, false}, &s->peer};
-        if (netchan__decode(&v, body.p, size, 0, &memory, &names.ends) != NETCHAN_OK) {
+        netchan__measure m;
+        if (netchan__scan(body.p, size, &m) != NETCHAN_OK || netchan__build(&v, body.p, size, &m, &names.ends)) {
             ch->undelivered++; /* out of memory */
             continue;
         }
-        netchan__waiter *w = netchan__detach(ch, &v, size, memory);
+        netchan__waiter *w = netchan__detach(ch, &v, size, m.block);
         if (w) netchan__enqueue(unsent, w, false);
     }
 }
@@ -6295,11 +6876,19 @@ static void netchan__session_free(netchan__session *s) {
         NETCHAN_FREE(s->parcels);
         s->parcels = next;
     }
+    if (s->pinned_by) {
+        s->pinned_by->pins = NULL;
+        if (!s->pinned_by->unpinned) { /* it is being read */
+            s->pinned_by->unpinned = s->out.data;
+            s->out.data = NULL;
+        }
+    }
     netchan__buf_free(&s->out);
     mbedtls_platform_zeroize(s->secret, sizeof s->secret);
     NETCHAN_FREE(s);
 }
 
+NETCHAN__SMALL_BEGIN
 /* ====================================================================================================================
  * [14] Hubs: one listen or dial without its sockets. A hub greets what comes over its links, knows which session goes
  * on over which, and says what happened. Net.
@@ -6564,7 +7153,8 @@ static size_t netchan__end_own_channels(netchan__session *s, bool drained) {
 
 /* A name that stands. It counts as an end: whoever waits on the channel waits for those who will come. */
 struct netchan__name {
-    netchan__name *next;
+    netchan__name *next; /* of the same hash */
+    uint64_t hash;
     netchan *ch; /* counted */
     bool receives;
     char *text;
@@ -6594,7 +7184,7 @@ enum { NETCHAN__FOUND, NETCHAN__NO_SUCH_NAME, NETCHAN__OTHER_DIRECTION }; /* IMP
 enum { NETCHAN__NAME_MAX = 255 };
 
 static netchan__name *netchan__find_name(const netchan__hub *h, const char *text, size_t size) {
-    netchan__name *n = h->names;
+    netchan__name *n = (netchan__name *)netchan__map_get(&h->names, netchan__hash_text(text, size));
     while (n && (strlen(n->text) != size || memcmp(n->text, text, size) != 0)) n = n->next;
     return n;
 }
@@ -6753,8 +7343,11 @@ static void netchan__end_tries(netchan__session *s) {
 /* text: a name that does not stand yet. Returns OK or ENOMEM. */
 static int netchan__add_name(netchan__hub *h, const char *text, netchan *ch, bool receives) {
     netchan__name *n = (netchan__name *)netchan__alloc(sizeof *n);
+    uint64_t hash = netchan__hash_text(text, strlen(text));
+    netchan__name *first = (netchan__name *)netchan__map_get(&h->names, hash);
     if (n) n->text = netchan__copy_text(text, strlen(text));
-    if (!n || !n->text) {
+    if (!n || !n->text || (!first && !netchan__map_put(&h->names, hash, n))) {
+        if (n) NETCHAN_FREE(n->text);
         NETCHAN_FREE(n);
         return netchan__fail_memory("netchan_export");
     }
@@ -6762,8 +7355,11 @@ static int netchan__add_name(netchan__hub *h, const char *text, netchan *ch, boo
     netchan__share(ch);
     n->ch = netchan_retain(ch);
     n->receives = receives;
-    n->next = h->names;
-    h->names = n;
+    n->hash = hash;
+    if (first) {
+        n->next = first->next;
+        first->next = n;
+    }
     *(receives ? &ch->receiver_ends : &ch->sender_ends) += 1;
     *(receives ? &ch->receivers_lost : &ch->senders_lost) = false;
     netchan__asked *next;
@@ -6777,9 +7373,11 @@ static int netchan__add_name(netchan__hub *h, const char *text, netchan *ch, boo
 }
 
 static void netchan__remove_name(netchan__hub *h, netchan__name *n) {
-    netchan__name **at = &h->names;
+    netchan__name *first = (netchan__name *)netchan__map_get(&h->names, n->hash), **at = &first;
     while (*at != n) at = &(*at)->next;
     *at = n->next;
+    netchan__map_remove(&h->names, n->hash);
+    if (first) netchan__map_put(&h->names, n->hash, first); /* there is room now */
     for (netchan__session *s = h->sessions; s; s = s->next) {
         uint64_t key = (uint64_t)(uintptr_t)n | n->receives;
         netchan__export *x = (netchan__export *)netchan__map_get(&s->peer.exported, key);
@@ -6808,6 +7406,8 @@ static netchan__session *netchan__make_session(netchan__wire *w, const uint8_t *
     if (!s) return NULL;
     netchan__peer *p = &s->peer;
     p->emit = netchan__session_emit;
+    p->emit_data = netchan__session_emit_data;
+    p->owe = netchan__session_owe;
     p->number = ++netchan__net.last_peer;
     if (!netchan__map_put(&netchan__net.by_number, p->number, p)) {
         NETCHAN_FREE(s);
@@ -6898,6 +7498,10 @@ static bool netchan__check_farewell(netchan__session *s) {
     if (netchan__is_quiet(&s->peer)) netchan__emit_bye(s, false);
     if (!s->bye_sent || netchan__buf_size(&s->out) || s->parcels) return false;
     if (s->returns && s->peer.send && s->peer.send->in_flight) return false; /* it comes back */
+    if (s->wire && s->told != s->received) { /* the other side need not wait for more */
+        netchan__emit_ack(s->wire, s);
+        s->wire->flush = true;
+    }
     netchan__end_session(s, s->hub->hanging_up ? "this side hung up" : "it hung up");
     return true;
 }
@@ -6921,7 +7525,7 @@ static void netchan__attach(netchan__session *s, netchan__wire *w, uint64_t rece
     w->session = s;
     w->up = true;
     snprintf(s->address, sizeof s->address, "%s", w->address);
-    netchan__mark_pending(s);
+    netchan__mark_pending(s, true);
 }
 
 static void netchan__resumed(netchan__session *s, netchan__wire *w, uint64_t received) {
@@ -7030,7 +7634,10 @@ static void netchan__wire_start(netchan__wire *w, netchan__hub *h, uint64_t now)
         return;
     }
     w->generation = ++s->generation;
-    if (s->wire) s->wire->paused = true;
+    if (s->wire) {
+        s->wire->paused = true;
+        netchan__look();
+    }
     netchan__emit_resume(w, s);
 }
 
@@ -7205,7 +7812,8 @@ static void netchan__on_refused(netchan__wire *w, uint64_t now, netchan__reader 
         s->refused = true; /* perhaps another address leads to where it is known */
         w->resumes = false;
         if (s->wire) s->wire->paused = false; /* the listener did not take it */
-        netchan__mark_pending(s);
+        netchan__look();
+        netchan__mark_pending(s, true);
     } else if (s) {
         netchan__end_session(s, text);
         if (!w->up) {
@@ -7397,7 +8005,9 @@ static void netchan__hub_stop(netchan__hub *h) {
 static netchan_report netchan__hub_close(netchan__hub *h) {
     netchan_report r = {h->undelivered, 0, h->unreceived};
     netchan *send = h->link.send;
-    while (h->names) netchan__remove_name(h, h->names);
+    for (size_t i = 0; i < h->names.cap; i++)
+        for (netchan__name *n; (n = (netchan__name *)netchan__map_at(&h->names, i));) netchan__remove_name(h, n);
+    netchan__map_free(&h->names);
     netchan__shut(send); /* what waited for the fate of a value */
     h->link.events->closing = h->link.events->lane.closing = true; /* who retained it reads what is in it */
     netchan__finish_close(h->link.events);
@@ -7858,6 +8468,7 @@ typedef struct netchan__stream {
     const uint8_t *in; /* ciphertext that was received and not used yet */
     size_t in_left;
     netchan__buf out; /* ciphertext to be sent */
+    int fd;           /* where it is sent to at once, as far as that goes; 0: nowhere */
     const netchan__key *key; /* the shared key in use */
     uint8_t seen[32]; /* fingerprint of the peer's key */
     bool has_seen;
@@ -7988,8 +8599,8 @@ static void netchan__tell_reason(const netchan__stream *s, char *out, size_t siz
 }
 
 /* ====================================================================================================================
- * [16] TLS: mbedTLS as a stream between two buffers. It never blocks and never meets a socket: ciphertext is put in,
- * ciphertext is taken out. Under netchan__tls_lock, see [15].
+ * [16] TLS: mbedTLS as a stream between two buffers. It never blocks: ciphertext is put in, ciphertext is taken out, or
+ * given to a socket that takes it at once. Under netchan__tls_lock, see [15].
  * ================================================================================================================== */
 
 static const char *const netchan__alpn[] = {"netchan/1", NULL};
@@ -8090,9 +8701,12 @@ static void netchan__export_key(void *arg, mbedtls_ssl_key_export_type type, con
     mbedtls_sha256_free(&hash);
 }
 
+static size_t netchan__send_some(int fd, const uint8_t *data, size_t size);
+
 static int netchan__stream_send(void *arg, const unsigned char *data, size_t size) {
     netchan__stream *s = (netchan__stream *)arg;
-    return netchan__buf_append(&s->out, data, size) ? (int)size : MBEDTLS_ERR_SSL_ALLOC_FAILED;
+    size_t sent = s->fd && !netchan__buf_size(&s->out) ? netchan__send_some(s->fd, data, size) : 0;
+    return netchan__buf_append(&s->out, data + sent, size - sent) ? (int)size : MBEDTLS_ERR_SSL_ALLOC_FAILED;
 }
 
 static int netchan__stream_recv(void *arg, unsigned char *data, size_t size) {
@@ -8464,15 +9078,22 @@ static int netchan__adopt_socket(int fd, netchan__address *bound) {
     return fd;
 }
 
+#ifdef MSG_NOSIGNAL
+enum { NETCHAN__SEND_FLAGS = MSG_NOSIGNAL };
+#else
+enum { NETCHAN__SEND_FLAGS = 0 };
+#endif
+
+/* Sends what goes at once, and returns how much that was. What is wrong shows when the rest is sent. */
+static size_t netchan__send_some(int fd, const uint8_t *data, size_t size) {
+    ssize_t n = send(fd, data, size, NETCHAN__SEND_FLAGS);
+    return n > 0 ? (size_t)n : 0;
+}
+
 /* Sends what it can. Returns false when the connection is broken. */
 static bool netchan__flush_fd(int fd, netchan__buf *out) {
-#ifdef MSG_NOSIGNAL
-    const int flags = MSG_NOSIGNAL;
-#else
-    const int flags = 0;
-#endif
     while (netchan__buf_size(out)) {
-        ssize_t n = send(fd, out->data + out->start, netchan__buf_size(out), flags);
+        ssize_t n = send(fd, out->data + out->start, netchan__buf_size(out), NETCHAN__SEND_FLAGS);
         if (n > 0) netchan__buf_consume(out, (size_t)n);
         else if (n < 0 && errno == EINTR) continue;
         else return n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == ENOBUFS);
@@ -8480,20 +9101,37 @@ static bool netchan__flush_fd(int fd, netchan__buf *out) {
     return true;
 }
 
+NETCHAN__SMALL_END
+
 /* ====================================================================================================================
- * [18] The I/O loop: the one thread that calls poll(). It owns all connections: sockets, TLS streams, and the links
+ * [18] The I/O loop, which calls poll(). Whoever runs it owns all connections: sockets, TLS streams, and the links
  * that sessions see. What it shares with callers (endpoints, links, sessions) belongs to netchan__net_lock, which it
  * holds except while it waits, encrypts, decrypts, logs and asks options.allow.
+ *
+ * The I/O thread runs the loop, but as each hop between threads costs a wake-up, a caller that would sleep may run it
+ * until its operation is over; what calls the program (logs, options.allow, all that strangers do) it leaves to the
+ * I/O thread. And who has something to send while the loop is in poll() sends it. Invariants.
+ *   R1  One thread runs the loop (netchan__net.runner) and one at most sends beside it, while it is in poll()
+ *       (netchan__net.pushing): a connection is touched by one thread at a time. Connections come and go, and change
+ *       what they are polled for, in the loop only.
+ *   R2  While somebody sleeps who needs the loop (sleepers), or there is something for the I/O thread, the loop is run.
+ *       Otherwise it may be left alone for NETCHAN__LEND_US (lent), for a caller that comes back: no value waits for
+ *       longer than that.
+ *   R3  Nothing is pending when the loop begins to wait in poll(), or who made it so wakes it. It looks again and again
+ *       for NETCHAN__SPIN_US after there was something, if that is of use, and then sleeps.
+ *   R4  polls[i] and watched[i] stand for what has slot i: first the wake-up pipe, then connections that had something
+ *       lately, then the rest, which under load is looked at less often.
  *
  * A stranger is a connection that was not greeted yet. Invariants.
  *   L1  A listener has about NETCHAN__HANDSHAKES_MAX strangers at most, each of them for NETCHAN__HANDSHAKE_MS at most.
  *       Half of the places are for those whose ClientHello was answered, half for those who have not said one, and
  *       among each the oldest gives way: who has the key speaks at once, and is among the latter for a moment only,
- *       however many are silent.
+ *       however many are silent. Whoever has spoken is heard before it gives way, and has NETCHAN__GRACE_MS for the
+ *       rest, so that of a thousand peers who come back at once none comes in vain.
  *   L2  Peers are served first, then strangers who were answered, then the others, the newest first, and these for
  *       NETCHAN__SLICE_US at a time. Under pressure, which is many strangers or many failures, strangers get a quarter
- *       of this thread's time, and an address whose handshakes fail has a burst of tries and then a few a second. Who
- *       succeeds costs nobody a try, so that a thousand peers may come back at once.
+ *       of this thread's time, and what those who succeed earn; and an address whose handshakes fail has a burst of
+ *       tries and then a few a second. Who succeeds costs nobody a try, so that a thousand peers may come back at once.
  *   L3  Strangers are told of as events so many a second, and never in place of other events.
  * ================================================================================================================== */
 
@@ -8512,10 +9150,18 @@ enum {
     NETCHAN__ORIGINS = 256,            /* addresses whose failures are remembered */
     NETCHAN__SLICE_US = 2000,          /* of strangers at a time, then the others have their turn */
     NETCHAN__PRESSED_US = 500,         /* likewise, under pressure; then strangers wait for three times as long, */
-    NETCHAN__REST_US = 1000,           /* and at least so long */
+    NETCHAN__REST_US = 1000,           /* and at least so long, unless somebody succeeds: */
+    NETCHAN__EARN_MS = 8,              /* then they have so much more, ... */
+    NETCHAN__EARN_MOST_MS = 1000,      /* ... and so much at most */
+    NETCHAN__GRACE_MS = 250,           /* who was answered keeps its place for so long */
     NETCHAN__FLUSH_MS = 1000,          /* for the last words to who is turned away */
     NETCHAN__ACCEPT_PAUSE_MS = 100,    /* when there are no descriptors left, or the like */
     NETCHAN__CHECK_MS = 500,
+    NETCHAN__LEND_US = 200,            /* the loop is left to callers for so long after the last that ran it */
+    NETCHAN__SPIN_US = 30,             /* about what it costs to sleep and be woken by another core */
+    NETCHAN__BURST_US = 20,            /* values that follow each other so quickly are sent together */
+    NETCHAN__POLL_FEW = 64,            /* so many connections are always looked at together */
+    NETCHAN__RECORDS = 64,             /* worked off together */
     NETCHAN__BACKOFF_MIN_MS = 50,
     NETCHAN__BACKOFF_MAX_MS = 5000,
     NETCHAN__ADDRESSES_MAX = 16
@@ -8539,13 +9185,16 @@ struct netchan__conn {
     bool stranger;     /* it was not greeted yet */
     bool answered;     /* a stranger whose ClientHello was answered: only who can go on will say more */
     bool closing;      /* it has failed, and its last words are on the way */
+    bool active;       /* there was something since all connections were looked at last */
+    size_t slot;       /* see R4 */
     uint64_t deadline; /* nanoseconds; until it was greeted, or for the last words */
+    uint64_t answered_at; /* likewise */
 };
 
 /* One listen or dial. Net, unless said otherwise. */
 struct netchan__endpoint {
     netchan__hub hub; /* first */
-    netchan__endpoint *next;
+    netchan__endpoint *prev, *next;
     netchan__tls tls; /* under netchan__tls_lock */
     int fd;           /* listening; constant */
     netchan__address addresses[NETCHAN__ADDRESSES_MAX]; /* dialling; constant */
@@ -8563,7 +9212,10 @@ struct netchan__endpoint {
     uint64_t failed, told;  /* listening: buckets of handshakes that failed, and of events about them */
     size_t untold;          /* strangers that were turned away and not told of */
     char stranger[80];      /* the last one's address; why is in failure_text */
-    bool stopping, gone;
+    bool stopping, gone, is_soon;
+    netchan__endpoint *next_soon;  /* in netchan__io.soon */
+    netchan__endpoint *next_listener;
+    size_t slot;                   /* listening: see R4; 0: not polled yet. I/O thread */
     pthread_cond_t changed; /* with netchan__net_lock */
     char address[300];
 };
@@ -8572,28 +9224,35 @@ struct netchan__endpoint {
 typedef struct netchan__watched {
     netchan__conn *conn;
     netchan__endpoint *listener;
-    int rank;
 } netchan__watched;
 
 /* Net, but for what says otherwise. */
 static struct netchan__io_state {
-    netchan__endpoint *endpoints;
-    netchan__conn *conns; /* I/O thread */
+    netchan__endpoint *endpoints, *listeners; /* listeners: those that are polled */
+    netchan__endpoint *soon; /* those to look at in the next round */
+    netchan__conn *conns; /* who runs the loop, as what follows up to next_check */
     uint64_t next_tick;   /* when to look at all deadlines again */
     uint64_t next_check;  /* when to look at all claims again */
     int wake_read;
     bool stop;
     size_t links;     /* under netchan__control_lock */
     pthread_t thread; /* likewise */
-    /* I/O thread: */
+    /* Who runs the loop: */
     struct pollfd *polls;
     netchan__watched *watched; /* what polls[i] stands for */
-    size_t poll_room;
+    size_t poll_count, poll_room;
+    size_t hot;              /* see R4: those up to here had something lately */
+    uint64_t next_all;       /* nanoseconds: when to look at all of them again */
+    uint64_t spin_until;     /* nanoseconds */
+    unsigned misses;         /* times in a row that it was no use */
+    bool resting;            /* strangers are not polled, see strangers_from */
     struct {
         uint64_t origin, failed; /* the bucket of its handshakes that failed */
     } origins[NETCHAN__ORIGINS];
     uint64_t strangers_from; /* nanoseconds; strangers wait until then */
-    uint8_t cipher[NETCHAN__CHUNK], plain[NETCHAN__FRAME_MAX];
+    uint64_t earned;         /* nanoseconds of work for strangers that those who succeeded have paid for */
+    uint64_t pushed;         /* nanoseconds: when something was last sent outside the loop. Net */
+    uint8_t cipher[NETCHAN__CHUNK], plain[NETCHAN__CHUNK];
 } netchan__io;
 
 /* Serialises the start and the end of the thread. Taken before netchan__net_lock. */
@@ -8603,12 +9262,30 @@ static uint64_t netchan__after(uint64_t now, uint64_t ms) { return now + ms * 10
 
 static void netchan__tick_before(uint64_t time) { if (time < netchan__io.next_tick) netchan__io.next_tick = time; }
 
-static void netchan__io_unlock(void) {
+/* The endpoint is looked at in the next round. */
+static void netchan__soon(netchan__endpoint *e) {
+    if (e->is_soon) return;
+    e->is_soon = true;
+    e->next_soon = netchan__io.soon;
+    netchan__io.soon = e;
+}
+
+static void netchan__io_release(void) {
     netchan__settle();
-    netchan__net.wake = false; /* this is the thread that would be woken */
+    if (netchan__net.runner == NETCHAN__THREAD && !netchan__net.polling && !netchan__net.pushing)
+        netchan__net.wake = false; /* this is the thread that would be woken */
     pthread_mutex_unlock(&netchan__net_lock);
+}
+
+/* Wakes who was waited for: late, as who is woken may want to run the loop next. Caller holds no lock. */
+static void netchan__io_wake(void) {
     netchan__wake_finished();
     netchan__bury_rest();
+}
+
+static void netchan__io_unlock(void) {
+    netchan__io_release();
+    netchan__io_wake();
 }
 
 /* Writes the log without locks. Caller holds netchan__net_lock, which is given back and taken again. */
@@ -8625,7 +9302,75 @@ static void netchan__write_logs(void) {
     pthread_mutex_lock(&netchan__net_lock);
 }
 
-/* ---- Connections. Caller holds netchan__net_lock. ---- */
+/* ---- What is polled (R4). Caller runs the loop. ---- */
+
+/* Room for one more. */
+static bool netchan__poll_room(void) {
+    if (netchan__io.poll_count < netchan__io.poll_room) return true;
+    size_t room = netchan__io.poll_room ? 2 * netchan__io.poll_room : 16;
+    struct pollfd *polls = (struct pollfd *)netchan__alloc(room * sizeof *polls);
+    netchan__watched *watched = (netchan__watched *)netchan__alloc(room * sizeof *watched);
+    bool made = polls && watched;
+    if (made && netchan__io.poll_count) {
+        memcpy(polls, netchan__io.polls, netchan__io.poll_count * sizeof *polls);
+        memcpy(watched, netchan__io.watched, netchan__io.poll_count * sizeof *watched);
+    }
+    NETCHAN_FREE(made ? netchan__io.polls : polls);
+    NETCHAN_FREE(made ? netchan__io.watched : watched);
+    if (!made) return false;
+    netchan__io.polls = polls;
+    netchan__io.watched = watched;
+    netchan__io.poll_room = room;
+    return true;
+}
+
+static void netchan__poll_put(size_t i, struct pollfd poll, netchan__watched watched) {
+    netchan__io.polls[i] = poll;
+    netchan__io.watched[i] = watched;
+    if (watched.conn) watched.conn->slot = i;
+    if (watched.listener) watched.listener->slot = i;
+}
+
+static void netchan__poll_swap(size_t i, size_t j) {
+    struct pollfd poll = netchan__io.polls[i];
+    netchan__watched watched = netchan__io.watched[i];
+    netchan__poll_put(i, netchan__io.polls[j], netchan__io.watched[j]);
+    netchan__poll_put(j, poll, watched);
+}
+
+/* There is room, see netchan__poll_room(). */
+static void netchan__poll_add(int fd, netchan__conn *c, netchan__endpoint *e) {
+    struct pollfd poll = {fd, POLLIN, 0};
+    netchan__watched watched = {c, e};
+    netchan__poll_put(netchan__io.poll_count++, poll, watched);
+}
+
+static void netchan__poll_remove(size_t i) {
+    if (i < netchan__io.hot) {
+        netchan__poll_swap(i, --netchan__io.hot);
+        i = netchan__io.hot;
+    }
+    netchan__poll_swap(i, netchan__io.poll_count - 1);
+    netchan__io.poll_count--;
+}
+
+/* What the connection is to be polled for now. */
+static void netchan__poll_conn(const netchan__conn *c) {
+    struct pollfd *p = &netchan__io.polls[c->slot];
+    bool writes = c->state == NETCHAN__CONNECTING || netchan__buf_size(&c->stream.out);
+    bool reads = c->state != NETCHAN__CONNECTING && !c->closing;
+    bool rests = c->stranger && !c->endpoint->hub.dials && netchan__io.resting;
+    p->fd = c->wire.paused || rests ? -1 : c->fd; /* not even its end is news then */
+    p->events = (short)((reads ? POLLIN : 0) | (writes ? POLLOUT : 0));
+}
+
+/* There was something for it. */
+static void netchan__poll_often(netchan__conn *c) {
+    c->active = true;
+    if (c->slot >= netchan__io.hot) netchan__poll_swap(c->slot, netchan__io.hot++);
+}
+
+/* ---- Connections. Caller runs the loop and holds netchan__net_lock. ---- */
 
 /* A bucket (the generic cell rate algorithm of ITU-T I.371) is the time at which it will be empty, if each drop takes
  * each_ms to leak. */
@@ -8717,7 +9462,7 @@ static void netchan__remove_stranger(netchan__conn *c) {
 /* Dialling: when to try next, and where: the next address at once, after the last one a pause. */
 static void netchan__schedule_dial(netchan__endpoint *e, uint64_t now) {
     netchan__hub *h = &e->hub;
-    netchan__io.next_tick = 0;
+    netchan__soon(e);
     if (++e->tried >= h->addresses && h->session && h->session->refused && !h->session->wire)
         netchan__end_session(h->session, "no address leads to who knows the session");
     if (++e->which < h->addresses) return;
@@ -8761,7 +9506,7 @@ static void netchan__turn_off(netchan__conn *c, const char *reason, bool fatal) 
     e->trial = NULL;
     if (fatal && netchan__try_next_key(e)) {
         e->next_dial = 0;
-        netchan__io.next_tick = 0;
+        netchan__soon(e);
         return;
     }
     if (fatal && !h->was_up) e->failure = NETCHAN_EAUTH;
@@ -8778,8 +9523,9 @@ static void netchan__close_conn(netchan__conn *c, const char *reason, bool fatal
     else if (lost) netchan__schedule_dial(e, now);
     else if (serves && e->hub.dials) netchan__redial(e, c, now);
     e->conns--;
-    netchan__io.next_tick = 0; /* its session waits from now on */
+    netchan__soon(e); /* its session waits from now on */
     NETCHAN__UNLINK(netchan__io.conns, c, prev, next);
+    netchan__poll_remove(c->slot);
     close(c->fd);
     pthread_mutex_lock(&netchan__tls_lock);
     netchan__stream_free(&c->stream);
@@ -8790,7 +9536,7 @@ static void netchan__close_conn(netchan__conn *c, const char *reason, bool fatal
 /* A new connection over fd, which is closed on failure. */
 static netchan__conn *netchan__open_conn(netchan__endpoint *e, int fd, const netchan__address *a,
                                          enum netchan__conn_state state) {
-    netchan__conn *c = (netchan__conn *)netchan__alloc(sizeof *c);
+    netchan__conn *c = netchan__poll_room() ? (netchan__conn *)netchan__alloc(sizeof *c) : NULL;
     pthread_mutex_lock(&netchan__tls_lock);
     const char *name = e->peer_name[0] ? e->peer_name : e->hub.dials ? a->host : NULL;
     int error = c ? netchan__stream_start(&c->stream, &e->tls, e->key, name) : MBEDTLS_ERR_SSL_ALLOC_FAILED;
@@ -8806,14 +9552,16 @@ static netchan__conn *netchan__open_conn(netchan__endpoint *e, int fd, const net
     netchan__print_address(a, c->wire.address, sizeof c->wire.address);
     c->wire.owner = c;
     c->endpoint = e;
-    c->fd = fd;
+    c->fd = c->stream.fd = fd;
     c->state = state;
     c->deadline = netchan__after(netchan__now_ns(), NETCHAN__HANDSHAKE_MS);
     c->origin = netchan__origin_of(a);
     NETCHAN__LINK(netchan__io.conns, c, prev, next);
     netchan__add_stranger(c);
     e->conns++;
-    netchan__io.next_tick = 0;
+    netchan__poll_add(fd, c, NULL);
+    netchan__poll_conn(c);
+    netchan__tick_before(c->deadline);
     return c;
 }
 
@@ -8868,9 +9616,31 @@ static void netchan__admit(netchan__endpoint *e, int fd, const netchan__address 
     netchan__reject(e, address, why, now);
 }
 
+/* The stranger of one kind that gives way first, or NULL. */
+static const netchan__conn *netchan__first_to_go(const netchan__endpoint *e, bool answered) {
+    const netchan__conn *c = e->oldest;
+    while (c && (c->answered != answered || c->closing)) c = c->newer;
+    return c;
+}
+
+/* May another one come? Not when it would take the place of who has spoken and was not heard yet. */
+static bool netchan__has_place(const netchan__endpoint *e) {
+    char byte;
+    const netchan__conn *c = netchan__first_to_go(e, false);
+    if (!c || e->strangers - e->answered < NETCHAN__HANDSHAKES_MAX / 2) return true;
+    return recv(c->fd, &byte, 1, MSG_PEEK) <= 0;
+}
+
+/* May another one be answered? */
+static bool netchan__may_answer(const netchan__endpoint *e, uint64_t now) {
+    const netchan__conn *c = netchan__first_to_go(e, true);
+    return !c || e->answered < NETCHAN__HANDSHAKES_MAX / 2 ||
+           now >= netchan__after(c->answered_at, NETCHAN__GRACE_MS);
+}
+
 static void netchan__accept_all(netchan__endpoint *e) {
     uint64_t now = netchan__now_ns();
-    for (int i = 0; i < NETCHAN__ACCEPTS; i++) { /* then the others have their turn */
+    for (int i = 0; i < NETCHAN__ACCEPTS && netchan__has_place(e); i++) { /* then the others have their turn */
         netchan__address a;
         a.size = sizeof a.storage;
         int fd = netchan__own_fd(accept4(e->fd, (struct sockaddr *)(void *)&a.storage, &a.size, NETCHAN__CLOEXEC));
@@ -8882,7 +9652,7 @@ static void netchan__accept_all(netchan__endpoint *e) {
         if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR || errno == ECONNABORTED) return;
         netchan__log(&e->hub, 0, "%s: cannot accept: %s", e->address, netchan__os_error(errno));
         e->next_accept = netchan__after(now, NETCHAN__ACCEPT_PAUSE_MS);
-        netchan__io.next_tick = 0;
+        netchan__tick_before(e->next_accept);
         return;
     }
 }
@@ -8916,17 +9686,21 @@ static void netchan__start_wire(netchan__conn *c, uint64_t now) {
 }
 
 /* The greeting may be over. */
-static void netchan__note_up(netchan__conn *c) {
+static void netchan__note_up(netchan__conn *c, uint64_t now) {
     netchan__endpoint *e = c->endpoint;
     if (!c->stranger || !c->wire.up) return;
     netchan__remove_stranger(c);
+    if (!e->hub.dials) netchan__io.earned += NETCHAN__EARN_MS * (uint64_t)1000000;
+    if (netchan__io.earned > NETCHAN__EARN_MOST_MS * (uint64_t)1000000)
+        netchan__io.earned = NETCHAN__EARN_MOST_MS * (uint64_t)1000000;
     e->trial = NULL;
     e->failures = 0;
     e->tried = e->keys_tried = 0;
-    netchan__io.next_tick = 0; /* its heartbeat begins */
+    netchan__soon(e); /* it may wait for that */
+    netchan__tick_before(netchan__wire_tick(&c->wire, now)); /* its heartbeat begins */
 }
 
-/* ---- Bytes. The I/O thread calls these without netchan__net_lock. ---- */
+/* ---- Bytes. Caller runs the loop, or sends beside it, and does not hold netchan__net_lock. ---- */
 
 /* Encrypts what there is to send and gives it to the socket, as far as both go. Returns false when the connection is
  * broken. */
@@ -8934,48 +9708,85 @@ static bool netchan__conn_write(netchan__conn *c) {
     for (;;) {
         if (!netchan__flush_fd(c->fd, &c->stream.out)) return false;
         if (c->state != NETCHAN__SPEAKING || netchan__buf_size(&c->stream.out) >= NETCHAN__CIPHER_HIGH) return true;
+        const uint8_t *record = netchan__io.plain;
         pthread_mutex_lock(&netchan__net_lock);
-        size_t size = netchan__wire_output(&c->wire, netchan__io.plain);
-        netchan__io_unlock();
+        size_t size = netchan__wire_output(&c->wire, netchan__io.plain, &record);
+        netchan__io_release();
         if (!size) return true;
         pthread_mutex_lock(&netchan__tls_lock);
-        int error = netchan__stream_write(&c->stream, netchan__io.plain, size);
+        int error = netchan__stream_write(&c->stream, record, size);
         pthread_mutex_unlock(&netchan__tls_lock);
+        if (record != netchan__io.plain) {
+            pthread_mutex_lock(&netchan__net_lock);
+            netchan__wire_encrypted(&c->wire);
+            pthread_mutex_unlock(&netchan__net_lock);
+        }
         if (error) return false;
     }
 }
 
-/* Takes a step of the handshake, or decrypts a record. Returns the bytes of the record, 0 when the handshake is done,
- * or an error of mbedTLS. */
-static int netchan__conn_step(netchan__conn *c) {
+/* Takes a step of the handshake. Returns 0 when it is done, or an error of mbedTLS. */
+static int netchan__conn_shake(netchan__conn *c) {
     pthread_mutex_lock(&netchan__tls_lock);
-    bool shakes = c->state == NETCHAN__HANDSHAKING;
-    int n = shakes ? netchan__stream_handshake(&c->stream)
-                   : netchan__stream_read(&c->stream, netchan__io.plain, sizeof netchan__io.plain);
-    if (shakes && n == 0 && psa_generate_random(c->wire.fresh, sizeof c->wire.fresh) != PSA_SUCCESS)
-        n = MBEDTLS_ERR_SSL_INTERNAL_ERROR;
+    int e = netchan__stream_handshake(&c->stream);
+    if (e == 0 && psa_generate_random(c->wire.fresh, sizeof c->wire.fresh) != PSA_SUCCESS)
+        e = MBEDTLS_ERR_SSL_INTERNAL_ERROR;
+    pthread_mutex_unlock(&netchan__tls_lock);
+    if (e) return e;
+    netchan__identify(c);
+    uint64_t now = netchan__now_ns();
+    pthread_mutex_lock(&netchan__net_lock);
+    netchan__start_wire(c, now);
+    netchan__io_release();
+    return 0;
+}
+
+/* Decrypts records into netchan__io.plain, as many as it has room for. Returns as netchan__stream_read() at last. */
+static int netchan__decrypt_records(netchan__conn *c, size_t sizes[NETCHAN__RECORDS], size_t *count) {
+    size_t used = 0;
+    int n = 0;
+    *count = 0;
+    pthread_mutex_lock(&netchan__tls_lock);
+    while (*count < NETCHAN__RECORDS && sizeof netchan__io.plain - used >= NETCHAN__FRAME_MAX) {
+        n = netchan__stream_read(&c->stream, netchan__io.plain + used, NETCHAN__FRAME_MAX);
+        if (n <= 0) break;
+        sizes[(*count)++] = (size_t)n;
+        used += (size_t)n;
+        if (c->stranger) break; /* whether to go on is found in the greeting */
+    }
     pthread_mutex_unlock(&netchan__tls_lock);
     return n;
 }
 
+/* Works off what was decrypted. Returns whether the link is over. */
+static bool netchan__conn_input(netchan__conn *c, const size_t *sizes, size_t count) {
+    const uint8_t *at = netchan__io.plain;
+    uint64_t now = netchan__now_ns();
+    pthread_mutex_lock(&netchan__net_lock);
+    for (size_t i = 0; i < count && !netchan__wire_over(&c->wire); i++) {
+        netchan__wire_input(&c->wire, now, at, sizes[i]);
+        netchan__note_up(c, now);
+        at += sizes[i];
+    }
+    if (c->wire.ack_at) netchan__tick_before(c->wire.ack_at);
+    bool over = netchan__wire_over(&c->wire) != NULL;
+    netchan__io_release();
+    return over;
+}
+
 /* Decrypts what was received. Returns 0, or mbedTLS's error; for a failure of the link look at the wire. */
 static int netchan__conn_decrypt(netchan__conn *c) {
+    size_t sizes[NETCHAN__RECORDS], count;
+    if (c->state == NETCHAN__HANDSHAKING) {
+        int e = netchan__conn_shake(c);
+        if (e) return e == MBEDTLS_ERR_SSL_WANT_READ ? 0 : e;
+        if (c->stream.untrusted) return 0;
+    }
     for (;;) {
-        int n = netchan__conn_step(c);
+        int n = netchan__decrypt_records(c, sizes, &count);
+        if (count && netchan__conn_input(c, sizes, count)) return 0;
         if (n == MBEDTLS_ERR_SSL_WANT_READ) return 0;
         if (n < 0) return n;
-        if (c->state == NETCHAN__HANDSHAKING) netchan__identify(c);
-        uint64_t now = netchan__now_ns();
-        pthread_mutex_lock(&netchan__net_lock);
-        if (c->state == NETCHAN__HANDSHAKING) netchan__start_wire(c, now);
-        else {
-            netchan__wire_input(&c->wire, now, netchan__io.plain, (size_t)n);
-            netchan__note_up(c);
-            if (c->wire.ack_at) netchan__tick_before(c->wire.ack_at);
-        }
-        bool over = netchan__wire_over(&c->wire) != NULL;
-        netchan__io_unlock();
-        if (over) return 0;
     }
 }
 
@@ -8984,6 +9795,7 @@ static void netchan__note_answer(netchan__conn *c) {
     if (c->answered || !c->stranger || c->endpoint->hub.dials || !netchan__buf_size(&c->stream.out)) return;
     pthread_mutex_lock(&netchan__net_lock);
     c->answered = true;
+    c->answered_at = netchan__now_ns();
     c->endpoint->answered++;
     netchan__give_way(c->endpoint, true, netchan__now_ns());
     pthread_mutex_unlock(&netchan__net_lock);
@@ -9060,21 +9872,23 @@ static void netchan__conn_ready(netchan__conn *c, short events) {
     netchan__session *s = c->wire.session;
     if (s && s->peer.breach) netchan__end_session(s, s->peer.breach);
     else if (s) netchan__check_farewell(s);
-    netchan__io_unlock();
+    netchan__io_release();
     if (alive && !netchan__conn_write(c)) {
         alive = false;
         snprintf(c->stream.reason, sizeof c->stream.reason, "the connection broke");
     }
     pthread_mutex_lock(&netchan__net_lock);
-    if (!netchan__close_failed(c, netchan__now_ns()) && !alive) netchan__close_conn(c, c->stream.reason, fatal);
-    netchan__io_unlock();
+    if (netchan__close_failed(c, netchan__now_ns())) { /* it is gone */
+    } else if (!alive) netchan__close_conn(c, c->stream.reason, fatal);
+    else netchan__poll_conn(c);
+    netchan__io_release();
 }
 
 /* ---- Time. Caller holds netchan__net_lock. ---- */
 
 static void netchan__tick_conn(netchan__conn *c, uint64_t now) {
     if (c->wire.failure && c->wire.flush && !netchan__wire_idle(&c->wire)) { /* last words */
-        netchan__io_unlock();
+        netchan__io_release();
         netchan__conn_ready(c, 0);
         pthread_mutex_lock(&netchan__net_lock);
         return;
@@ -9093,6 +9907,11 @@ static void netchan__tick_conn(netchan__conn *c, uint64_t now) {
 }
 
 static void netchan__tick_endpoint(netchan__endpoint *e, uint64_t now) {
+    if (!e->hub.dials && !e->slot && netchan__poll_room()) {
+        netchan__poll_add(e->fd, NULL, e);
+        e->next_listener = netchan__io.listeners;
+        netchan__io.listeners = e;
+    }
     if (e->stopping) netchan__hub_stop(&e->hub); /* a greeting may have ended meanwhile */
     netchan__tick_before(netchan__hub_tick(&e->hub, now));
     netchan__tell_rejected(e, now);
@@ -9103,7 +9922,47 @@ static void netchan__tick_endpoint(netchan__endpoint *e, uint64_t now) {
     else netchan__tick_before(e->next_dial);
 }
 
-/* Looks at every deadline, and at endpoints that start or stop. */
+static void netchan__remove_listener(netchan__endpoint *e) {
+    netchan__endpoint **at = &netchan__io.listeners;
+    if (!e->slot) return;
+    while (*at != e) at = &(*at)->next_listener;
+    *at = e->next_listener;
+    netchan__poll_remove(e->slot);
+    e->slot = 0;
+}
+
+/* The endpoint has stopped and its connections are closed. */
+static void netchan__remove_endpoint(netchan__endpoint *e) {
+    netchan__remove_listener(e);
+    NETCHAN__UNLINK(netchan__io.endpoints, e, prev, next);
+    e->gone = true;
+    pthread_cond_broadcast(&e->changed);
+}
+
+/* Looks at one endpoint that has changed, begins or ends. */
+static void netchan__look_at(netchan__endpoint *e, uint64_t now) {
+    netchan__conn *older;
+    for (netchan__conn *c = e->stopping ? e->newest : NULL; c; c = older) {
+        older = c->older;
+        netchan__tick_conn(c, now);
+    }
+    if (e->stopping && !e->conns && netchan__logs) netchan__soon(e); /* its log is written first */
+    else if (e->stopping && !e->conns) netchan__remove_endpoint(e);
+    else netchan__tick_endpoint(e, now);
+    if (netchan__net.watchers && !e->gone) pthread_cond_broadcast(&e->changed);
+}
+
+static void netchan__look_at_some(uint64_t now) {
+    netchan__endpoint *e = netchan__io.soon, *next;
+    netchan__io.soon = NULL;
+    for (; e; e = next) {
+        next = e->next_soon;
+        e->is_soon = false;
+        netchan__look_at(e, now);
+    }
+}
+
+/* Looks at every deadline. */
 static void netchan__tick(uint64_t now) {
     netchan__io.next_tick = UINT64_MAX;
     netchan__net.breached = false;
@@ -9111,111 +9970,139 @@ static void netchan__tick(uint64_t now) {
         netchan__check_claims(now);
         netchan__io.next_check = netchan__after(now, NETCHAN__CHECK_MS);
     }
-    for (netchan__endpoint **at = &netchan__io.endpoints, *e = *at; e; e = *at) {
-        if (e->stopping && !e->conns && netchan__logs) netchan__io.next_tick = 0; /* its log is written first */
-        else if (e->stopping && !e->conns) {
-            *at = e->next;
-            e->gone = true;
-            pthread_cond_broadcast(&e->changed);
-            continue;
-        }
-        at = &e->next;
-        netchan__tick_endpoint(e, now);
-    }
+    for (netchan__endpoint *e = netchan__io.endpoints; e; e = e->next) netchan__tick_endpoint(e, now);
     netchan__conn *next_conn;
     for (netchan__conn *c = netchan__io.conns; c; c = next_conn) {
         next_conn = c->next;
+        netchan__poll_conn(c);
         netchan__tick_conn(c, now);
     }
 }
 
-/* ---- The loop. ---- */
+/* ---- Who sends, and who runs the loop. Caller holds netchan__net_lock. ---- */
 
-static bool netchan__poll_room(size_t count) {
-    if (count <= netchan__io.poll_room) return true;
-    size_t room = count * 2;
-    struct pollfd *polls = (struct pollfd *)netchan__alloc(room * sizeof *polls);
-    netchan__watched *watched = (netchan__watched *)netchan__alloc(room * sizeof *watched);
-    bool made = polls && watched;
-    NETCHAN_FREE(made ? netchan__io.polls : polls);
-    NETCHAN_FREE(made ? netchan__io.watched : watched);
-    if (!made) return false;
-    netchan__io.polls = polls;
-    netchan__io.watched = watched;
-    netchan__io.poll_room = room;
-    return true;
+/* Is there something for the connection to do? It may have been done since it was noted. */
+static bool netchan__has_output(const netchan__session *s) {
+    const netchan__wire *w = s->wire;
+    if (!w || w->paused) return false;
+    bool speaks = (netchan__unsent(s) || s->parcels) && s->given < NETCHAN_WINDOW;
+    return speaks || s->peer.owes || w->ack_now || netchan__buf_size(&w->control);
 }
 
-/* In this order they are served: who is no stranger, who was answered, listeners and the others, the newest first. */
-static int netchan__rank(const netchan__watched *w) {
-    const netchan__conn *c = w->conn;
-    return !c ? 2 : !c->stranger || c->endpoint->hub.dials ? 0 : c->answered ? 1 : 2;
-}
-
-static void netchan__poll_add(size_t i, int fd, short events, netchan__conn *c, netchan__endpoint *e) {
-    netchan__io.polls[i].fd = fd;
-    netchan__io.polls[i].events = events;
-    netchan__io.polls[i].revents = 0;
-    netchan__io.watched[i].conn = c;
-    netchan__io.watched[i].listener = e;
-    netchan__io.watched[i].rank = netchan__rank(&netchan__io.watched[i]);
-}
-
-/* Who hangs up leaves strangers to its successor, unless one of them may be a peer that comes back. */
-static bool netchan__accepts(netchan__endpoint *e, uint64_t now) {
-    const netchan__hub *h = &e->hub;
-    bool open = !h->dials && !e->stopping && !e->next_accept && (!h->hanging_up || h->peers);
-    return open && (now >= netchan__io.strangers_from || !netchan__under_pressure(e, now));
-}
-
-/* Fills the arrays for poll(); when memory is short, as far as they go. Returns how many. */
-static size_t netchan__collect_polls(void) {
-    size_t count = 1, n = 0;
-    uint64_t now = netchan__now_ns();
-    if (now < netchan__io.strangers_from) netchan__tick_before(netchan__io.strangers_from);
-    for (netchan__conn *c = netchan__io.conns; c; c = c->next) count++;
-    for (netchan__endpoint *e = netchan__io.endpoints; e; e = e->next) count++;
-    if (!netchan__poll_room(count)) count = netchan__io.poll_room;
-    netchan__poll_add(n++, netchan__io.wake_read, POLLIN, NULL, NULL);
-    for (netchan__endpoint *e = netchan__io.endpoints; e && n < count; e = e->next)
-        if (netchan__accepts(e, now)) netchan__poll_add(n++, e->fd, POLLIN, NULL, e);
-    for (netchan__conn *c = netchan__io.conns; c && n < count; c = c->next) {
-        bool writes = c->state == NETCHAN__CONNECTING || netchan__buf_size(&c->stream.out);
-        bool reads = c->state != NETCHAN__CONNECTING && !c->closing;
-        if (c->stranger && !c->endpoint->hub.dials && now < netchan__io.strangers_from) continue;
-        int fd = c->wire.paused ? -1 : c->fd; /* not even its end is news then */
-        netchan__poll_add(n++, fd, (short)((reads ? POLLIN : 0) | (writes ? POLLOUT : 0)), c, NULL);
+/* Whether something is pending. */
+static bool netchan__is_pending(void) {
+    netchan__session *s;
+    while ((s = netchan__net.pending) && !netchan__has_output(s)) {
+        netchan__net.pending = s->next_pending;
+        s->is_pending = false;
     }
-    return n;
+    if (!s) netchan__net.hurry = netchan__net.deferred = false;
+    return s != NULL;
 }
 
-static void netchan__drain_wake(void) {
-    uint8_t bytes[64];
-    while (read(netchan__io.wake_read, bytes, sizeof bytes) > 0) continue;
+/* Takes the connection of a session that has something to send. NULL: none is left. */
+static netchan__conn *netchan__next_pending(void) {
+    if (!netchan__is_pending()) return NULL;
+    netchan__session *s = netchan__net.pending;
+    netchan__net.pending = s->next_pending;
+    s->is_pending = false;
+    return (netchan__conn *)s->wire->owner;
 }
 
 /* Gives the sessions that have something new to send to their connections. */
-static void netchan__send_pending(void) {
-    while (netchan__net.pending) {
-        netchan__session *s = netchan__net.pending;
-        netchan__net.pending = s->next_pending;
-        s->is_pending = false;
-        if (!s->wire || s->wire->paused) continue;
-        netchan__conn *c = (netchan__conn *)s->wire->owner;
-        netchan__io_unlock();
+static void netchan__send_pending(uint64_t now) {
+    for (netchan__conn *c; (c = netchan__next_pending());) {
+        netchan__io.pushed = now;
+        netchan__poll_often(c);
+        netchan__io_release();
         netchan__conn_ready(c, 0);
         pthread_mutex_lock(&netchan__net_lock);
     }
 }
 
-static void netchan__serve_one_poll(const netchan__watched *w, short events) {
-    if (!w->conn) {
-        netchan__accept_all(w->listener);
-        return;
+/* Is what is pending a value, or credit, that may wait for others? */
+static bool netchan__is_burst(void) {
+    return !netchan__net.hurry && !netchan__net.pending->next_pending &&
+           netchan__unsent(netchan__net.pending) < NETCHAN__FRAME_MAX;
+}
+
+/* Has something been sent just now? */
+static bool netchan__sent_lately(uint64_t now) {
+    return now < netchan__io.pushed + NETCHAN__BURST_US * (uint64_t)1000;
+}
+
+/* Sends what is pending beside the loop (R1), or leaves it to that. Returns whether it gave the lock back meanwhile. */
+static bool netchan__push_out(void) {
+    if (!netchan__net.alive || netchan__net.pushing || (netchan__net.runner && !netchan__net.polling)) return false;
+    if (!netchan__is_pending()) return false;
+    if (netchan__is_burst() && (netchan__net.deferred || netchan__net.lent || !netchan__unsent(netchan__net.pending) ||
+                                netchan__sent_lately(netchan__now_ns()))) {
+        netchan__net.wake |= netchan__net.polling;
+        netchan__net.deferred = true;
+        netchan__net.runs++;
+        return false;
     }
-    netchan__io_unlock();
-    netchan__conn_ready(w->conn, events);
-    pthread_mutex_lock(&netchan__net_lock);
+    netchan__net.runs++;
+    netchan__net.pushing = true;
+    for (netchan__conn *c; (c = netchan__next_pending());) {
+        pthread_mutex_unlock(&netchan__net_lock);
+        bool alive = netchan__conn_write(c), rest = netchan__buf_size(&c->stream.out) != 0;
+        pthread_mutex_lock(&netchan__net_lock);
+        if (!alive) netchan__wire_fail(&c->wire, "the connection broke");
+        if (!rest || !c->wire.session) continue;
+        netchan__mark_pending(c->wire.session, true); /* the loop waits until the socket takes more */
+        break;
+    }
+    netchan__net.wake |= netchan__is_pending();
+    netchan__net.pushing = false;
+    netchan__io.pushed = netchan__now_ns();
+    if (netchan__net.held_up) pthread_cond_broadcast(&netchan__net.turn);
+    return true;
+}
+
+/* ---- The loop. ---- */
+
+/* Who hangs up leaves strangers to its successor, unless one of them may be a peer that comes back. */
+static bool netchan__accepts(netchan__endpoint *e, uint64_t now) {
+    const netchan__hub *h = &e->hub;
+    bool open = !e->stopping && !e->next_accept && (!h->hanging_up || h->peers);
+    return open && !(netchan__io.resting && netchan__under_pressure(e, now));
+}
+
+/* Strangers may have to wait, and who listens changes its mind. */
+static void netchan__poll_strangers(uint64_t now) {
+    bool rests = now < netchan__io.strangers_from, changes = rests != netchan__io.resting;
+    netchan__io.resting = rests;
+    if (rests) netchan__tick_before(netchan__io.strangers_from);
+    for (netchan__endpoint *e = netchan__io.listeners; e; e = e->next_listener) {
+        netchan__io.polls[e->slot].fd = netchan__accepts(e, now) ? e->fd : -1;
+        for (netchan__conn *c = changes ? e->newest : NULL; c; c = c->older) netchan__poll_conn(c);
+    }
+}
+
+/* How many of the polled are looked at now. When there are many, and some of them had something lately, these and no
+ * others until *until: to look at one costs about a tenth of a microsecond, so that all take a tenth of the time, and
+ * none waits for longer than a microsecond for each there is. Sleeps: whether the loop may sleep until then. */
+static size_t netchan__poll_some(uint64_t now, uint64_t *until, bool *sleeps) {
+    size_t count = netchan__io.poll_count;
+    bool few = count <= NETCHAN__POLL_FEW;
+    if (!few && netchan__io.hot > 1 && now < netchan__io.next_all) {
+        if (netchan__io.next_all < *until) *until = netchan__io.next_all;
+        return netchan__io.hot;
+    }
+    netchan__io.next_all = now + count * (uint64_t)1000;
+    for (size_t i = netchan__io.hot; i-- > 1;) {
+        netchan__conn *c = netchan__io.watched[i].conn;
+        if (!c->active) netchan__poll_swap(i, --netchan__io.hot);
+        c->active = false;
+    }
+    *sleeps &= few || netchan__io.hot == 1;
+    return count;
+}
+
+static void netchan__drain_wake(void) {
+    uint8_t bytes[64];
+    while (read(netchan__io.wake_read, bytes, sizeof bytes) == sizeof bytes) continue;
 }
 
 /* What this thread has used of a processor: on a busy machine that is less than the time that has gone by. */
@@ -9225,59 +10112,205 @@ static uint64_t netchan__cpu_ns(void) {
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-/* poll() has news of some of the first count. Closing a connection removes no other. */
-static void netchan__serve_polls(size_t count) {
-    uint64_t used = 0;
-    bool pressed = false, strangers = false;
-    uint64_t now = netchan__now_ns();
-    for (netchan__endpoint *e = netchan__io.endpoints; e; e = e->next)
-        pressed |= !e->hub.dials && netchan__under_pressure(e, now);
-    for (int rank = 0; rank < 3; rank++) {
-        uint64_t until = now + (pressed ? NETCHAN__PRESSED_US : NETCHAN__SLICE_US) * (uint64_t)1000;
-        if (rank == 1 && pressed) used = netchan__cpu_ns();
-        for (size_t i = 1; i < count; i++) {
-            netchan__watched *w = &netchan__io.watched[i];
-            short events = netchan__io.polls[i].revents;
-            if (w->rank != rank) continue;
-            strangers |= rank > 0;
-            if (events && (!rank || netchan__now_ns() < until)) netchan__serve_one_poll(w, events);
+/* A peer, or somebody whom this side dialled. */
+static bool netchan__is_known(const netchan__conn *c) { return c && (!c->stranger || c->endpoint->hub.dials); }
+
+/* poll() may have news of a connection. */
+static void netchan__serve_conn(netchan__conn *c) {
+    short events = netchan__io.polls[c->slot].revents;
+    netchan__io.polls[c->slot].revents = 0;
+    if (!events) return;
+    netchan__poll_often(c);
+    netchan__io_release();
+    netchan__conn_ready(c, events);
+    pthread_mutex_lock(&netchan__net_lock);
+}
+
+/* The strangers of one listener, see L2: those that were answered, or else the others and who comes. */
+static void netchan__serve_strangers(netchan__endpoint *e, bool answered, uint64_t until) {
+    netchan__conn *older;
+    if (!answered && netchan__io.polls[e->slot].revents && netchan__now_ns() < until) netchan__accept_all(e);
+    for (netchan__conn *c = e->newest; c; c = older) {
+        older = c->older; /* closing a connection removes no other */
+        if (!answered && !netchan__may_answer(e, netchan__now_ns())) {
+            netchan__io.strangers_from = netchan__now_ns() + NETCHAN__REST_US * (uint64_t)1000;
+            break;
         }
+        if (c->answered == answered && netchan__io.polls[c->slot].revents && netchan__now_ns() < until)
+            netchan__serve_conn(c);
+    }
+}
+
+/* Then, after peers. */
+static void netchan__serve_listeners(void) {
+    bool pressed = false;
+    uint64_t now = netchan__now_ns(), used;
+    for (netchan__endpoint *e = netchan__io.listeners; e; e = e->next_listener)
+        pressed |= netchan__under_pressure(e, now);
+    used = pressed ? netchan__cpu_ns() : 0;
+    for (int pass = 0; pass < 2; pass++) {
+        uint64_t until = now + (pressed ? NETCHAN__PRESSED_US : NETCHAN__SLICE_US) * (uint64_t)1000;
+        for (netchan__endpoint *e = netchan__io.listeners; e; e = e->next_listener)
+            netchan__serve_strangers(e, pass == 0, until);
         now = netchan__now_ns();
     }
-    if (!pressed || !strangers) return;
-    uint64_t rest = 3 * (netchan__cpu_ns() - used);
+    for (netchan__endpoint *e = netchan__io.listeners; e; e = e->next_listener) netchan__io.polls[e->slot].revents = 0;
+    if (!pressed) return;
+    used = netchan__cpu_ns() - used;
+    uint64_t paid = used < netchan__io.earned ? used : netchan__io.earned, rest = 3 * (used - paid);
+    netchan__io.earned -= paid;
+    if (!rest) return;
     if (rest < NETCHAN__REST_US * (uint64_t)1000) rest = NETCHAN__REST_US * (uint64_t)1000;
     netchan__io.strangers_from = now + rest;
 }
 
+/* There is more to do before those are woken who were waited for so far. */
+static void netchan__wake_between(void) {
+    if (!netchan__to_wake) return;
+    netchan__io_unlock();
+    pthread_mutex_lock(&netchan__net_lock);
+}
+
+/* poll() has news of `ready` of the first `count`. A caller serves peers only. Returns whether there are others. */
+static bool netchan__serve_polls(size_t count, int ready, bool caller) {
+    bool others = false;
+    if (netchan__io.polls[0].revents) netchan__drain_wake();
+    ready -= netchan__io.polls[0].revents != 0;
+    for (size_t i = 1; i < count && i < netchan__io.poll_count && ready > 0; i++) {
+        const netchan__watched *w = &netchan__io.watched[i];
+        if (!netchan__io.polls[i].revents) continue;
+        if (--ready) netchan__wake_between();
+        bool serves = netchan__is_known(w->conn) && !(caller && w->conn->stranger);
+        others |= !serves;
+        if (serves) netchan__serve_conn(w->conn);
+    }
+    if (others && !caller) netchan__serve_listeners();
+    return others;
+}
+
+/* How long poll() may wait. */
+static int netchan__poll_ms(uint64_t now, uint64_t until) {
+    if (until == UINT64_MAX) return -1;
+    if (until <= now) return 0;
+    return until - now > 60000000000u ? 60000 : (int)((until - now) / 1000000u) + 1;
+}
+
+/* Somebody may be sending beside the loop (R1). */
+static void netchan__await_push(void) {
+    while (netchan__net.pushing) {
+        netchan__net.held_up = true;
+        pthread_cond_wait(&netchan__net.turn, &netchan__net_lock);
+    }
+    netchan__net.held_up = false;
+}
+
+/* Waits for news in poll() and works them off. Returns false when something is for the I/O thread. */
+static bool netchan__poll(uint64_t now, uint64_t until, bool caller) {
+    bool sleeps = now >= netchan__io.spin_until;
+    if (netchan__io.listeners) netchan__poll_strangers(now);
+    if (netchan__io.next_tick < until) until = netchan__io.next_tick;
+    size_t count = netchan__poll_some(now, &until, &sleeps);
+    netchan__io.misses += sleeps;
+    netchan__net.polling = sleeps;
+    pthread_mutex_unlock(&netchan__net_lock);
+    netchan__io_wake();
+    if (!sleeps) sched_yield(); /* for who sends, or is to send, on the same core */
+    int ready = poll(netchan__io.polls, (nfds_t)count, sleeps ? netchan__poll_ms(now, until) : 0);
+    pthread_mutex_lock(&netchan__net_lock);
+    netchan__net.polling = false;
+    netchan__await_push();
+    if (ready <= 0) return true;
+    bool others = netchan__serve_polls(count, ready, caller);
+    if (!sleeps) netchan__io.misses = 0;
+    if (netchan__io.misses < 4 || netchan__io.misses % 16 == 0)
+        netchan__io.spin_until = netchan__now_ns() + NETCHAN__SPIN_US * (uint64_t)1000;
+    return !(others && caller);
+}
+
+/* Is there something to look at? */
+static bool netchan__is_busy(void) { return netchan__net.breached || netchan__io.soon; }
+
+/* One round of the loop, until news or this time. Returns false when a caller is to leave what there is to the I/O
+ * thread. */
+static bool netchan__round(uint64_t until, bool caller) {
+    netchan__await_push();
+    uint64_t now = netchan__now_ns();
+    if (caller && (netchan__logs || netchan__io.stop || now >= until)) return false;
+    if (now >= netchan__io.next_tick || netchan__net.breached) netchan__tick(now);
+    netchan__look_at_some(now);
+    netchan__settle();
+    bool burst = netchan__is_pending() && netchan__is_burst() && netchan__sent_lately(now);
+    if (!burst) netchan__send_pending(now);
+    netchan__net.deferred = burst;
+    for (netchan__endpoint *e = netchan__net.watchers ? netchan__io.endpoints : NULL; e; e = e->next)
+        pthread_cond_broadcast(&e->changed);
+    if (!caller) netchan__write_logs();
+    bool more = (!burst && netchan__is_pending()) || netchan__is_busy(); /* it gave the lock back */
+    if (more || netchan__io.stop || netchan__net.wake) {
+        netchan__net.wake = false;
+        return true;
+    }
+    if (burst && !caller && !netchan__net.lent && !netchan__net.sleepers) return true; /* its senders go on */
+    if (burst && netchan__io.spin_until <= now) netchan__io.spin_until = now + NETCHAN__BURST_US * (uint64_t)1000;
+    return netchan__poll(now, until, caller);
+}
+
+/* Until it is the I/O thread's turn (R2). While callers come again and again it has a look from time to time. */
+static void netchan__await_turn(void) {
+    bool looks = false;
+    while (netchan__net.runner || (netchan__net.lent && !looks && !netchan__io.stop)) {
+        uint64_t runs = netchan__net.runs, until = netchan__now_ns() + NETCHAN__LEND_US * (uint64_t)1000;
+        netchan__cond_wait(&netchan__net.turn, &netchan__net_lock, netchan__net.stands_by ? UINT64_MAX : until);
+        bool used = runs != netchan__net.runs;
+        netchan__net.stands_by = !used && netchan__net.runner;
+        if (!used && !netchan__net.runner) netchan__net.lent = false;
+        looks = used;
+    }
+    netchan__net.stands_by = false;
+}
+
 static void *netchan__io_main(void *arg) {
     pthread_mutex_lock(&netchan__net_lock);
-    while (!netchan__io.stop) {
-        uint64_t now = netchan__now_ns();
-        if (now >= netchan__io.next_tick || netchan__net.breached) netchan__tick(now);
-        netchan__settle();
-        netchan__send_pending();
-        for (netchan__endpoint *e = netchan__io.endpoints; e; e = e->next) pthread_cond_broadcast(&e->changed);
-        netchan__write_logs();
-        bool more = netchan__net.pending || netchan__net.breached; /* since then; it gave the lock back */
-        if (more || netchan__io.stop || netchan__io.next_tick == 0) continue;
-        size_t count = netchan__collect_polls();
-        uint64_t next = netchan__io.next_tick;
-        int wait_ms = next == UINT64_MAX          ? -1
-                      : next <= now               ? 0
-                      : next - now > 60000000000u ? 60000
-                                                  : (int)((next - now) / 1000000u) + 1;
-        netchan__net.polling = true;
-        netchan__io_unlock();
-        bool ready = poll(netchan__io.polls, (nfds_t)count, wait_ms) > 0;
-        pthread_mutex_lock(&netchan__net_lock);
-        netchan__net.polling = false;
-        if (!ready) continue;
-        if (netchan__io.polls[0].revents) netchan__drain_wake();
-        netchan__serve_polls(count);
+    for (;;) {
+        netchan__await_turn();
+        if (netchan__io.stop) break;
+        netchan__net.runner = NETCHAN__THREAD;
+        netchan__net.finished = false;
+        if (netchan__net.lent) netchan__io.spin_until = UINT64_MAX; /* it does not wait */
+        netchan__round(UINT64_MAX, false);
+        if (netchan__net.lent) netchan__io.spin_until = 0;
+        netchan__net.runner = NETCHAN__NOBODY;
+        bool busy = (!netchan__net.deferred && netchan__is_pending()) || netchan__is_busy() || netchan__logs;
+        netchan__net.lent |= netchan__net.finished || netchan__net.deferred;
+        netchan__net.lent &= !netchan__net.sleepers && !busy;
+        netchan__wake_between();
     }
     netchan__io_unlock();
     return arg;
+}
+
+/* A caller that would sleep runs the loop, if nobody does, until the operation is over, the time is up or something is
+ * for the I/O thread. */
+static void netchan__run_loop(netchan__op *op, uint64_t deadline) {
+    pthread_mutex_lock(&netchan__net_lock);
+    bool over = netchan__state(op) == NETCHAN__DONE;
+    if (!over && netchan__net.alive && !netchan__net.runner && !netchan__net.pushing && !netchan__net.sleepers) {
+        netchan__net.runner = NETCHAN__CALLER;
+        netchan__net.runs++;
+        op->runs = true;
+        while (!over && netchan__round(deadline, true)) over = netchan__state(op) == NETCHAN__DONE;
+        op->runs = false;
+        netchan__net.runner = NETCHAN__NOBODY;
+        netchan__net.deferred = netchan__is_pending() && netchan__is_burst(); /* who waited for credit has more */
+        bool busy = (!netchan__net.deferred && netchan__is_pending()) || netchan__is_busy() || netchan__logs;
+        netchan__net.wake = !over || busy || netchan__net.sleepers || netchan__net.stands_by || netchan__io.stop;
+    }
+    if (!over) {
+        op->sleeps = true;
+        netchan__net.sleepers++;
+        netchan__net.wake |= netchan__net.lent;
+    }
+    netchan__unlock_one(&netchan__net_lock);
 }
 
 /* ---- Forks. The locks are held across fork(), so that the child has whole data; it forgets the parent's links, and
@@ -9318,6 +10351,15 @@ static void netchan__hold_over_forks(void) {
     pthread_atfork(netchan__before_fork, netchan__after_fork, netchan__after_fork_in_child);
 }
 
+static void netchan__io_free(void) {
+    NETCHAN_FREE(netchan__io.polls);
+    NETCHAN_FREE(netchan__io.watched);
+    netchan__io.polls = NULL;
+    netchan__io.watched = NULL;
+    netchan__io.poll_count = netchan__io.poll_room = 0;
+    pthread_cond_destroy(&netchan__net.turn);
+}
+
 /* Starts the thread for the first link. Caller holds netchan__control_lock. */
 static int netchan__io_start(void) {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
@@ -9334,7 +10376,10 @@ static int netchan__io_start(void) {
     netchan__io.wake_read = fds[0];
     netchan__io.stop = false;
     netchan__io.next_tick = 0;
-    bool ready = netchan__prepare_fd(fds[0]) && netchan__prepare_fd(fds[1]) && netchan__poll_room(16);
+    netchan__io.hot = 1;
+    bool ready = netchan__prepare_fd(fds[0]) && netchan__prepare_fd(fds[1]) && netchan__poll_room();
+    if (ready) netchan__poll_add(fds[0], NULL, NULL);
+    netchan__cond_init(&netchan__net.turn);
     sigfillset(&all); /* signals are the program's, not this thread's; but for those that a fault of its own raises */
     sigdelset(&all, SIGSEGV);
     sigdelset(&all, SIGBUS);
@@ -9343,15 +10388,18 @@ static int netchan__io_start(void) {
     pthread_sigmask(SIG_SETMASK, &all, &before);
     int e = ready ? pthread_create(&netchan__io.thread, NULL, netchan__io_main, NULL) : ENOMEM;
     pthread_sigmask(SIG_SETMASK, &before, NULL);
+    netchan__net.alive = !e;
     if (!e) return NETCHAN_OK;
     netchan__io.links--;
+    netchan__io_free();
     close(fds[0]);
     close(fds[1]);
     return netchan__fail(NETCHAN_ENOMEM, "the thread could not be started: %s", netchan__os_error(e));
 }
 
-static void netchan__wake_io(void) {
-    netchan__io.next_tick = 0;
+/* The endpoint begins, ends, or hangs up. */
+static void netchan__wake_io(netchan__endpoint *e) {
+    netchan__soon(e);
     netchan__net.wake = true;
 }
 
@@ -9359,19 +10407,15 @@ static void netchan__wake_io(void) {
 static void netchan__io_stop(void) {
     if (--netchan__io.links) return;
     pthread_mutex_lock(&netchan__net_lock);
-    netchan__io.stop = true;
-    netchan__wake_io();
+    netchan__io.stop = netchan__net.wake = true;
     netchan__unlock_one(&netchan__net_lock);
     pthread_join(netchan__io.thread, NULL);
     pthread_mutex_lock(&netchan__net_lock);
+    netchan__net.alive = false;
     netchan__unlock_one(&netchan__net_lock); /* buries what was left */
     close(netchan__io.wake_read);
     close(netchan__net.wake_fd);
-    NETCHAN_FREE(netchan__io.polls);
-    NETCHAN_FREE(netchan__io.watched);
-    netchan__io.polls = NULL;
-    netchan__io.watched = NULL;
-    netchan__io.poll_room = 0;
+    netchan__io_free();
     netchan__map_free(&netchan__net.waiters);
     netchan__map_free(&netchan__net.matches);
     netchan__map_free(&netchan__net.relays);
@@ -9446,9 +10490,8 @@ static int netchan__start_endpoint(netchan__endpoint *e) {
     int result = netchan__io_start();
     if (result == NETCHAN_OK) {
         pthread_mutex_lock(&netchan__net_lock);
-        e->next = netchan__io.endpoints;
-        netchan__io.endpoints = e;
-        netchan__wake_io();
+        NETCHAN__LINK(netchan__io.endpoints, e, prev, next);
+        netchan__wake_io(e);
         netchan__unlock_one(&netchan__net_lock);
     }
     pthread_mutex_unlock(&netchan__control_lock);
@@ -9460,7 +10503,7 @@ static void netchan__stop_endpoint(netchan__endpoint *e) {
     pthread_mutex_lock(&netchan__net_lock);
     e->stopping = true;
     netchan__hub_stop(&e->hub);
-    netchan__wake_io();
+    netchan__wake_io(e);
     netchan__unlock_one(&netchan__net_lock);
     pthread_mutex_lock(&netchan__net_lock);
     while (!e->gone) netchan__wait_net(&e->changed, UINT64_MAX);
@@ -9539,7 +10582,7 @@ NETCHANDEF int netchan_hangup(netchan_link *link, netchan_report *report) {
     if (netchan__is_inherited(link->send)) return netchan__hang_up_inherited(e, report);
     pthread_mutex_lock(&netchan__net_lock);
     e->hub.hanging_up = true;
-    netchan__wake_io(); /* no new peers */
+    netchan__wake_io(e); /* no new peers */
     int ms = e->hub.options.linger_ms;
     uint64_t deadline = netchan__deadline(ms);
     if (e->hub.dials) netchan__shut_link(&e->hub);
@@ -9601,8 +10644,6 @@ static int netchan__prepare_cast(netchan__cast *cast, netchan *ch, uint64_t to, 
     netchan__waiter *w = &cast->waiter;
     int result = netchan__prepare(w, &c);
     if (result != NETCHAN_OK) return result;
-    pthread_mutex_init(&op->mutex, NULL);
-    netchan__cond_init(&op->cond);
     op->net = true;
     op->count = 1;
     op->waiters = w;
@@ -9617,14 +10658,14 @@ static int netchan__prepare_cast(netchan__cast *cast, netchan *ch, uint64_t to, 
 /* Waits for the end of one send. */
 static int netchan__finish_cast(netchan__cast *cast, uint64_t deadline) {
     netchan__op *op = &cast->op;
-    if (!netchan__sleep(op, deadline)) {
+    bool slept = false;
+    if (!netchan__sleep(op, true, &slept, deadline)) {
         pthread_mutex_lock(&netchan__net_lock);
         netchan__expire(op);
         netchan__unlock_one(&netchan__net_lock);
-        netchan__sleep(op, UINT64_MAX);
+        netchan__sleep(op, true, &slept, UINT64_MAX);
     }
-    pthread_cond_destroy(&op->cond);
-    pthread_mutex_destroy(&op->mutex);
+    if (slept) netchan__end_sleep(op);
     netchan_clear(&cast->waiter.value);
     return op->result;
 }

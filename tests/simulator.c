@@ -862,7 +862,7 @@ static void observe(void) {
     for (int pass = 0; pass < 2; pass++)
         for (size_t i = 0; i < MAX_THREADS; i++) {
             task *t = world.tasks[i];
-            if (!t || t->told || !t->op.finished) continue;
+            if (!t || t->told || !netchan__is_finished(&t->op)) continue;
             bool takes = t->op.index >= 0 && !t->values[t->op.index] && t->op.result == NETCHAN_OK;
             if (takes || pass) tell(t);
         }
@@ -875,8 +875,6 @@ static void observe(void) {
 /* --- tasks -------------------------------------------------------------------------------------------------------- */
 
 static void free_task(task *t) {
-    pthread_cond_destroy(&t->op.cond);
-    pthread_mutex_destroy(&t->op.mutex);
     for (size_t i = 0; i < t->op.count; i++) free(t->bytes[i]);
     world.tasks[t->thread] = NULL;
     free(t);
@@ -927,7 +925,7 @@ static void expire(task *t) {
     be(t->thread / THREADS);
     t->expired = true;
     netchan__lock_all(&t->op, &t->locks);
-    if (!t->op.finished) netchan__expire(&t->op);
+    if (!netchan__is_finished(&t->op)) netchan__expire(&t->op);
     netchan__unlock_all(&t->locks);
 }
 
@@ -976,8 +974,6 @@ static void add_case(task *t, place *p, bool is_send) {
 static void run_task(task *t) {
     int result = NETCHAN_OK;
     be(t->thread / THREADS);
-    pthread_mutex_init(&t->op.mutex, NULL);
-    netchan__cond_init(&t->op.cond);
     for (size_t i = 0; i < t->op.count && result == NETCHAN_OK; i++) {
         netchan__waiter *w = &t->waiters[i];
         w->op = &t->op;
@@ -1215,7 +1211,7 @@ static bool pump(side *x) {
     if (!x->open || !x->writes || (!y->cut && waiting(y) >= world.plan.full)) return false;
     be(x->port->node);
     lock_net();
-    size_t size = netchan__wire_output(&x->wire, record);
+    size_t size = netchan__wire_output(&x->wire, record, NULL);
     unlock_net();
     if (!size) x->writes = false;
     if (!size) return false;
@@ -1786,7 +1782,7 @@ static void forge_question(void) {
     netchan__wire_start(&w, &p->hub, world.now);
     size_t size = forge_resume(&w, s, how, frame);
     netchan__wire_input(&w, world.now, frame, size);
-    bool refused = (netchan__wire_output(&w, record) > 2 && record[1] == NETCHAN__REFUSED) || w.failure;
+    bool refused = (netchan__wire_output(&w, record, NULL) > 2 && record[1] == NETCHAN__REFUSED) || w.failure;
     if (!refused || w.session || w.up) broken("a forged RESUME, %d, was not refused", (int)how);
     if (memcmp(&before, s, sizeof before) != 0) broken("a forged RESUME, %d, changed the session", (int)how);
     netchan__wire_down(&w, world.now, "forged");
@@ -2040,6 +2036,16 @@ static void check_entries(const netchan__session *s, const netchan__session *oth
         broken("%zu bytes are offered, and counted as %zu and %zu", offered, s->peer.offered, other->peer.offering);
 }
 
+/* Does the name stand that this was exported by? */
+static bool stands(const netchan__hub *h, const netchan__export *x) {
+    for (size_t i = 0; i < h->names.cap; i++) {
+        const netchan__name *name = (const netchan__name *)netchan__map_at(&h->names, i);
+        for (; name; name = name->next)
+            if (((uint64_t)(uintptr_t)name | name->receives) == x->key) return true;
+    }
+    return false;
+}
+
 /* What this side has given to the other is what the other has. */
 static void check_exports(const netchan__session *s, const netchan__session *other) {
     size_t revoked = 0;
@@ -2057,9 +2063,7 @@ static void check_exports(const netchan__session *s, const netchan__session *oth
         bool gone = x->revoked || x->ch->gone;
         if (ch->gone != gone && !(may && gone)) broken("an end is %sgone", ch->gone ? "" : "not ");
         revoked += x->revoked;
-        const netchan__name *name = s->hub->names;
-        while (name && ((uint64_t)(uintptr_t)name | name->receives) != x->key) name = name->next;
-        if (x->by_name && !x->revoked && !name) broken("an end outlives its name");
+        if (x->by_name && !x->revoked && !stands(s->hub, x)) broken("an end outlives its name");
     }
     if (s->peer.exports.count != other->peer.imports.count)
         broken("%zu ends were given away, and %zu are there", s->peer.exports.count, other->peer.imports.count);
@@ -2632,8 +2636,10 @@ static void step_export(port *p) {
 static void step_unexport(port *p) {
     be(p->node);
     char name[16];
-    if (!p->hub.names) return;
-    snprintf(name, sizeof name, "%s", p->hub.names->text);
+    if (!p->hub.names.count) return;
+    size_t i = 0;
+    while (!netchan__map_at(&p->hub.names, i)) i++;
+    snprintf(name, sizeof name, "%s", ((netchan__name *)netchan__map_at(&p->hub.names, i))->text);
     trace("port %zu takes %s back", p->index, name);
     world.revoked = true;
     CHECK_INT(netchan_unexport(&p->hub.link, name), NETCHAN_OK);

@@ -100,7 +100,7 @@ static bool sim_ship(sim_conn *c, int side) {
     sim_end *y = &c->ends[!side];
     bool any = false;
     while (y->end - y->begin < 4 * NETCHAN__FRAME_MAX) {
-        size_t size = netchan__wire_output(&c->ends[side].wire, record);
+        size_t size = netchan__wire_output(&c->ends[side].wire, record, NULL);
         if (!size) break;
         any = true;
         if (!y->open || y->eof) continue;

@@ -349,7 +349,7 @@ static inline void reap_tasks(void) {
     for (int pass = 0; pass < 2; pass++)
         for (size_t i = 0; i < TASKS; i++) {
             task *t = world.tasks[i];
-            if (!t || !t->op.finished) continue;
+            if (!t || !netchan__is_finished(&t->op)) continue;
             bool takes = t->op.index >= 0 && !t->cases[t->op.index].is_send;
             if (!takes && pass == 0) continue;
             be(t->node);
@@ -359,8 +359,6 @@ static inline void reap_tasks(void) {
                 netchan__unlock_all(&t->locks);
             }
             tell(t);
-            pthread_cond_destroy(&t->op.cond);
-            pthread_mutex_destroy(&t->op.mutex);
             free_task(t);
         }
 }
@@ -368,8 +366,6 @@ static inline void reap_tasks(void) {
 /* As netchan__run() begins. */
 static inline void launch(task *t) {
     netchan__op *op = &t->op;
-    pthread_mutex_init(&op->mutex, NULL);
-    netchan__cond_init(&op->cond);
     netchan__lock_all(op, &t->locks);
     netchan__begin(op);
     for (size_t i = 0; i < op->count && t->timeout_ms == 0 && op->net; i++) op->tries += t->waiters[i].match != NULL;
@@ -401,7 +397,7 @@ static inline void expire_task(task *t) {
     be(t->node);
     t->expired = true;
     netchan__lock_all(&t->op, &t->locks);
-    if (!t->op.finished) netchan__expire(&t->op);
+    if (!netchan__is_finished(&t->op)) netchan__expire(&t->op);
     netchan__unlock_all(&t->locks);
 }
 
@@ -702,7 +698,7 @@ static inline size_t ship(conn *c, int who) {
     if (!c->open[who]) return 0;
     be(c->port[who]->node);
     lock();
-    size_t size = netchan__wire_output(&c->wire[who], record);
+    size_t size = netchan__wire_output(&c->wire[who], record, NULL);
     unlock();
     CHECK(size <= NETCHAN__FRAME_MAX);
     if (c->open[!who] || !c->port[!who]) put_bytes(&c->to[!who], record, size);
