@@ -7,6 +7,9 @@
 # make lint       stray blanks; cppcheck, gcc's analyser and clang-tidy, if they are installed
 # make fuzz       libFuzzer (clang), FUZZ_SECONDS for each target, from the inputs kept in tests/fuzz/corpus/
 # make sim        the simulator, SEEDS seeds from SEED0 on; with SEED=42 it replays that one and tells each step
+# make bench      the figures of tests/bench, ROUNDS of each, or only BENCH="stream64 ...", beside mbedTLS alone and
+#                 others; the bars go to PLOT. Takes 20 minutes, in which nothing else should run
+# make bench-deps ZeroMQ and nng, which are measured too if they are installed; from apt-get, as root
 # make demo       examples/pool.c at work: one server, several workers, over TLS
 # make deps       mbedTLS into build/mbedtls; done without being asked when there is no other
 # make clean      removes what was built, but for mbedTLS
@@ -19,6 +22,7 @@ FUZZ_SECONDS = 30
 SEEDS = 10000
 SEED0 = 1
 RUN = tests/run
+PLOT = $(BUILD)/bench/figures.svg
 
 # mbedTLS 4 keeps ecp.h and sha256.h, which netchan.h includes, to itself.
 PKG_MBEDTLS = mbedtls mbedx509 mbedcrypto
@@ -40,15 +44,17 @@ endif
 MBEDTLS_FLAGS = $(MBEDTLS_CFLAGS) $(MBEDTLS_LIBS)
 export BUILD CC CFLAGS MBEDTLS_CFLAGS MBEDTLS_LIBS MBEDTLS_FLAGS
 
-# A tests/x.sh is a test of its own, and a tests/x.c beside it is its material. Benchmarks are built, not run.
+# A tests/x.sh is a test of its own, and a tests/x.c beside it is its material.
 SCRIPTS := $(filter-out tests/demo.sh,$(wildcard tests/*.sh))
 PROGRAMS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(filter-out $(SCRIPTS:.sh=.c),$(wildcard tests/*.c)))
 CONFORMANCE := $(BUILD)/tests/conformance
-TESTS := $(filter-out $(BUILD)/tests/bench%,$(PROGRAMS)) $(CONFORMANCE) $(SCRIPTS)
+TESTS := $(PROGRAMS) $(CONFORMANCE) $(SCRIPTS)
 EXAMPLES := $(patsubst examples/%.c,$(BUILD)/%,$(wildcard examples/*.c))
 FUZZERS := $(patsubst tests/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard tests/fuzz/*.c))
+BENCHES := $(patsubst %,$(BUILD)/bench/%,netchan raw local)
+OTHERS := $(patsubst %,$(BUILD)/bench/%,zmq nng)
 
-.PHONY: all deps test check sanitize asan tsan matrix symbols lint fuzz sim demo clean
+.PHONY: all deps test check sanitize asan tsan matrix symbols lint fuzz sim bench bench-build bench-deps demo clean
 all: $(EXAMPLES) $(PROGRAMS) $(CONFORMANCE)
 
 $(EXAMPLES): $(BUILD)/%: examples/%.c netchan.h | $(DEPS)
@@ -67,6 +73,10 @@ $(FUZZERS): $(BUILD)/fuzz/%: tests/fuzz/%.c netchan.h $(wildcard tests/*.h tests
 	@mkdir -p $(@D)
 	clang -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all $< -o $@ -I. $(MBEDTLS_FLAGS) -lpthread
 
+$(BENCHES) $(OTHERS): $(BUILD)/bench/%: tests/bench/%.c netchan.h $(wildcard tests/bench/*.h) | $(DEPS)
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) $< -o $@ -I. $(if $(filter zmq nng,$*),-l$*,$(MBEDTLS_FLAGS)) -lpthread
+
 deps: build/mbedtls/lib/libmbedtls.a
 build/mbedtls/lib/libmbedtls.a:
 	MAKEFLAGS= .ci/get-mbedtls build/mbedtls
@@ -83,8 +93,8 @@ check:
 # gives where it is allowed.
 SANITIZER = -O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all -fsanitize
 # Nothing of netchan.h runs in the model, nor in what must not compile; valgrind and the sanitizers exclude each other;
-# failures.sh is for who has time.
-SANITIZED_TEST = NETCHAN_TEST_ALARM=300 TEST_SECONDS=600 $(MAKE) --no-print-directory test LEAVE_OUT='%/model %/badfield.sh %/valgrind.sh %/failures.sh'
+# failures.sh is for who has time; scale measures what things cost, which a sanitizer changes, and takes a minute there.
+SANITIZED_TEST = NETCHAN_TEST_ALARM=300 TEST_SECONDS=600 $(MAKE) --no-print-directory test LEAVE_OUT='%/model %/badfield.sh %/valgrind.sh %/failures.sh %/scale'
 NO_ASLR = $(shell setarch -R true 2>/dev/null && echo setarch -R)
 sanitize:
 	+@$(MAKE) --no-print-directory asan; asan=$$?; $(MAKE) --no-print-directory tsan && exit $$asan
@@ -105,6 +115,19 @@ fuzz: $(FUZZERS)
 
 sim: $(BUILD)/tests/simulator
 	@$< $(if $(SEED),trace $(SEED),sim $(SEEDS) $(SEED0))
+
+# Other libraries are looked for only when benchmarks are asked for.
+ifneq ($(filter bench bench-build,$(MAKECMDGOALS)),)
+has = $(shell $(CC) -fsyntax-only -include $1 -x c /dev/null 2>/dev/null && echo yes)
+FOUND := $(if $(call has,zmq.h),$(BUILD)/bench/zmq) $(if $(call has,nng/nng.h),$(BUILD)/bench/nng)
+endif
+bench-build: $(BENCHES) $(FOUND)
+bench: bench-build
+	@tests/bench/run $(BENCH) && tests/bench/plot <$(BUILD)/bench/figures.txt >$(PLOT)
+bench-deps:
+	@[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null || \
+	{ echo 'This installs ZeroMQ and nng with apt-get, as root. Elsewhere install them by hand.' >&2; exit 1; }
+	apt-get update && apt-get install -y --no-install-recommends libzmq3-dev libnng-dev
 
 # The demo's files: ours, and the sources of mbedTLS, or its headers where it came without them.
 demo: $(BUILD)/pool
