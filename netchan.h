@@ -5838,7 +5838,7 @@ static bool netchan__send_quickly(netchan *ch, netchan_value *v) {
 static bool netchan__take_quickly(netchan *ch, netchan__slot *slot) {
     netchan__lane *lane = ch->ready;
     if (!lane || !lane->cap || lane->closing || lane->returning || lane->senders.head) return false;
-    if (ch->receivers.head || ch->closing || ch->senders_lost) return false;
+    if (ch->receivers.head || ch->closing || ch->gone || ch->senders_lost) return false;
     if (netchan__ripen(lane, &lane->slots[lane->first]) != NETCHAN_OK) return false;
     netchan__next_turn(lane);
     *slot = netchan__lane_pop(lane);
