@@ -9161,7 +9161,8 @@ enum {
     NETCHAN__SPIN_US = 30,             /* about what it costs to sleep and be woken by another core */
     NETCHAN__BURST_US = 20,            /* values that follow each other so quickly are sent together */
     NETCHAN__POLL_FEW = 64,            /* so many connections are always looked at together */
-    NETCHAN__RECORDS = 64,             /* worked off together */
+    NETCHAN__RECORDS = 64,             /* that come in are worked off together, */
+    NETCHAN__RECORDS_OUT = 4,          /* and so many go out in a row */
     NETCHAN__BACKOFF_MIN_MS = 50,
     NETCHAN__BACKOFF_MAX_MS = 5000,
     NETCHAN__ADDRESSES_MAX = 16
@@ -9185,6 +9186,7 @@ struct netchan__conn {
     bool stranger;     /* it was not greeted yet */
     bool answered;     /* a stranger whose ClientHello was answered: only who can go on will say more */
     bool closing;      /* it has failed, and its last words are on the way */
+    bool more;         /* there may be more to send */
     bool active;       /* there was something since all connections were looked at last */
     size_t slot;       /* see R4 */
     uint64_t deadline; /* nanoseconds; until it was greeted, or for the last words */
@@ -9357,7 +9359,7 @@ static void netchan__poll_remove(size_t i) {
 /* What the connection is to be polled for now. */
 static void netchan__poll_conn(const netchan__conn *c) {
     struct pollfd *p = &netchan__io.polls[c->slot];
-    bool writes = c->state == NETCHAN__CONNECTING || netchan__buf_size(&c->stream.out);
+    bool writes = c->state == NETCHAN__CONNECTING || netchan__buf_size(&c->stream.out) || c->more;
     bool reads = c->state != NETCHAN__CONNECTING && !c->closing;
     bool rests = c->stranger && !c->endpoint->hub.dials && netchan__io.resting;
     p->fd = c->wire.paused || rests ? -1 : c->fd; /* not even its end is news then */
@@ -9702,10 +9704,11 @@ static void netchan__note_up(netchan__conn *c, uint64_t now) {
 
 /* ---- Bytes. Caller runs the loop, or sends beside it, and does not hold netchan__net_lock. ---- */
 
-/* Encrypts what there is to send and gives it to the socket, as far as both go. Returns false when the connection is
- * broken. */
+/* Encrypts some of what there is to send and gives it to the socket, as far as that goes; then the others have their
+ * turn. Returns false when the connection is broken. */
 static bool netchan__conn_write(netchan__conn *c) {
-    for (;;) {
+    c->more = false;
+    for (int i = 0; i < NETCHAN__RECORDS_OUT; i++) {
         if (!netchan__flush_fd(c->fd, &c->stream.out)) return false;
         if (c->state != NETCHAN__SPEAKING || netchan__buf_size(&c->stream.out) >= NETCHAN__CIPHER_HIGH) return true;
         const uint8_t *record = netchan__io.plain;
@@ -9723,6 +9726,8 @@ static bool netchan__conn_write(netchan__conn *c) {
         }
         if (error) return false;
     }
+    c->more = true;
+    return true;
 }
 
 /* Takes a step of the handshake. Returns 0 when it is done, or an error of mbedTLS. */
@@ -9785,6 +9790,7 @@ static int netchan__conn_decrypt(netchan__conn *c) {
     for (;;) {
         int n = netchan__decrypt_records(c, sizes, &count);
         if (count && netchan__conn_input(c, sizes, count)) return 0;
+        if (c->stream.in_left) netchan__io_wake();
         if (n == MBEDTLS_ERR_SSL_WANT_READ) return 0;
         if (n < 0) return n;
     }
@@ -9825,6 +9831,7 @@ static bool netchan__conn_read(netchan__conn *c, bool *fatal) {
         bool over = netchan__wire_over(&c->wire) != NULL;
         pthread_mutex_unlock(&netchan__net_lock);
         if (over || (size_t)n < sizeof netchan__io.cipher) return true;
+        netchan__io_wake(); /* there is more to come first */
     }
     return true;
 }
@@ -10046,7 +10053,7 @@ static bool netchan__push_out(void) {
     netchan__net.pushing = true;
     for (netchan__conn *c; (c = netchan__next_pending());) {
         pthread_mutex_unlock(&netchan__net_lock);
-        bool alive = netchan__conn_write(c), rest = netchan__buf_size(&c->stream.out) != 0;
+        bool alive = netchan__conn_write(c), rest = c->more || netchan__buf_size(&c->stream.out);
         pthread_mutex_lock(&netchan__net_lock);
         if (!alive) netchan__wire_fail(&c->wire, "the connection broke");
         if (!rest || !c->wire.session) continue;
