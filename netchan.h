@@ -62,8 +62,10 @@
  *   Threads     Any thread may call anything at any time, except that a value and an array of cases belong to one
  *               thread at a time, and that after netchan_hangup() began no call on the link or its channels may
  *               begin, unless these are retained. The first listen or dial starts the one thread of the library, the
- *               last hangup ends it. mbedTLS is called from one thread at a time, under a lock of ours; a program
- *               that also calls mbedTLS itself, from another thread, needs an mbedTLS built with MBEDTLS_THREADING_C.
+ *               last hangup ends it. A call that would sleep may do that thread's work meanwhile, but for options.log
+ *               and options.allow, which only it calls. mbedTLS is called from one thread at a time, under a lock of
+ *               ours; a program that also calls mbedTLS itself, from another thread, needs one that was built with
+ *               MBEDTLS_THREADING_C.
  *   Forks       In the child of a fork() everything that the parent has made gives NETCHAN_EFORK (a length of 0;
  *               retain and free do nothing); the child makes channels and links of its own. The parent's go on.
  *               netchan_hangup() in the child closes the child's copy of a listening socket; those of connections are
@@ -1436,7 +1438,7 @@ static uint8_t *netchan__write_children(uint8_t *p, const netchan_value *v, netc
     size_t count = netchan__child_count(v);
     for (size_t i = count; i-- > 0;) {
         netchan_entry e;
-        netchan__child(v, i, &e);
+        if (!netchan__child(v, i, &e)) break; /* never: it was counted */
         p = netchan__write_value(p, &e.value, ends);
         if (v->type == NETCHAN_ARRAY) continue;
         size_t length = strlen(e.key);
@@ -2908,7 +2910,7 @@ static uint64_t netchan__sender_number(const netchan__waiter *s) { return s->op 
 static size_t netchan__lendable(const netchan__lane *lane) {
     const netchan__peer *p = lane->peer;
     size_t used = lane->count + lane->out + lane->reserved, free_slots = used < lane->cap ? lane->cap - used : 0;
-    size_t worst = 2 * NETCHAN__FRAGMENT; /* see netchan__raw */
+    size_t worst = (size_t)2 * NETCHAN__FRAGMENT; /* see netchan__raw */
     size_t room = lane->memory < p->max_memory / 2 ? (p->max_memory / 2 - lane->memory) / worst : 0;
     size_t target = room ? room : used == 0; /* one at least, or nothing would ever come */
     if (target > free_slots) target = free_slots;
@@ -6486,7 +6488,8 @@ static uint64_t netchan__session_emit_data(netchan__peer *p, uint64_t channel, c
     if (s->bye_sent && s->bye_received) return s->queued;
     uint8_t *to = netchan__append_bytes(s, head, (size_t)(end - head), size, true);
     if (!to) return UINT64_MAX;
-    netchan__write_value(to + size, v, NULL);
+    netchan__names names = netchan__names_of(p);
+    netchan__write_value(to + size, v, &names.ends);
     return s->queued;
 }
 
@@ -6713,6 +6716,7 @@ static void netchan__dispatch(netchan__wire *w, uint64_t now, unsigned type, net
     bool greets = type == NETCHAN__HELLO || (type >= NETCHAN__RESUME && type <= NETCHAN__REFUSED);
     bool controls = type == NETCHAN__PING || type == NETCHAN__PONG || type == NETCHAN__ACK;
     if (greets || !w->up) netchan__on_greeting(w, now, type, r);
+    else if (!w->session) netchan__wire_fail(w, "its session is over");
     else if (controls) netchan__on_control(w, now, type, r);
     else netchan__on_frame(w->session, now, type, r, size);
 }
