@@ -6170,6 +6170,12 @@ NETCHANDEF size_t netchan_cap(netchan *ch) {
  *       After a breach nothing more is read.
  *   S5  A large value delays other frames by one fragment: fragments are put into the stream one at a time, in turn,
  *       when it runs low.
+ *
+ * Copies of a value's bytes, beside those that mbedTLS makes within itself. On this side a value is written into the
+ * stream once, and encrypted where it stands there, unless an acknowledgement goes with it; one larger than a fragment
+ * is written whole before. On the other side ciphertext is read 64 KiB at a time and copied to where mbedTLS wants it,
+ * and the value is decoded out of the record, or, if it is large and one block, put together where it stays; other
+ * large values are decoded from where they were put together.
  * ================================================================================================================== */
 
 enum {
