@@ -5854,9 +5854,8 @@ static bool netchan__take_quickly(netchan *ch, netchan__slot *slot) {
 /* Before it waits in the queue of a channel of this process, a call lets the other side get several things done. */
 enum { NETCHAN__TRY_FIRST = 16, NETCHAN__TRY_LAST = 512 }; /* pauses */
 
-static bool netchan__may_retry(const netchan *ch, int timeout_ms) {
-    return ch && timeout_ms && ch->lane.cap && !ch->is_end && !netchan__is_net((netchan *)(uintptr_t)ch) &&
-           netchan__may_spin();
+static bool netchan__may_retry(netchan *ch, int timeout_ms) {
+    return ch && timeout_ms && !ch->is_end && !netchan__is_net(ch) && ch->lane.cap && netchan__may_spin();
 }
 
 static bool netchan__receive_quickly(netchan_case *c) {
