@@ -5439,7 +5439,7 @@ static void netchan__lock_all(netchan__op *op, netchan__locks *locks) {
     }
 }
 
-static uint64_t netchan__now_ns(void) {
+static NETCHAN__OUT_OF_LINE uint64_t netchan__now_ns(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
