@@ -9169,7 +9169,8 @@ enum {
     NETCHAN__LEND_US = 200,            /* the loop is left to callers for so long after the last that ran it */
     NETCHAN__SPIN_US = 30,             /* about what it costs to sleep and be woken by another core */
     NETCHAN__BURST_US = 20,            /* values that follow each other so quickly are sent together */
-    NETCHAN__POLL_FEW = 64,            /* so many connections are always looked at together */
+    NETCHAN__POLL_FEW = 64,            /* so many connections are always looked at together; of more, */
+    NETCHAN__POLL_HOT = 1500,          /* microseconds for which who had something is looked at more often */
     NETCHAN__RECORDS = 64,             /* that come in are worked off together, */
     NETCHAN__RECORDS_OUT = 4,          /* and so many go out in a row */
     NETCHAN__BACKOFF_MIN_MS = 50,
@@ -9196,7 +9197,7 @@ struct netchan__conn {
     bool answered;     /* a stranger whose ClientHello was answered: only who can go on will say more */
     bool closing;      /* it has failed, and its last words are on the way */
     bool more;         /* there may be more to send */
-    bool active;       /* there was something since all connections were looked at last */
+    unsigned active;   /* so many times all are looked at before it is no more among those that had something */
     size_t slot;       /* see R4 */
     uint64_t deadline; /* nanoseconds; until it was greeted, or for the last words */
     uint64_t answered_at; /* likewise */
@@ -9377,7 +9378,7 @@ static void netchan__poll_conn(const netchan__conn *c) {
 
 /* There was something for it. */
 static void netchan__poll_often(netchan__conn *c) {
-    c->active = true;
+    c->active = 1 + NETCHAN__POLL_HOT / (unsigned)netchan__io.poll_count; /* see netchan__poll_some() */
     if (c->slot >= netchan__io.hot) netchan__poll_swap(c->slot, netchan__io.hot++);
 }
 
@@ -10110,7 +10111,7 @@ static size_t netchan__poll_some(uint64_t now, uint64_t *until, bool *sleeps) {
     for (size_t i = netchan__io.hot; i-- > 1;) {
         netchan__conn *c = netchan__io.watched[i].conn;
         if (!c->active) netchan__poll_swap(i, --netchan__io.hot);
-        c->active = false;
+        else c->active--;
     }
     *sleeps &= few || netchan__io.hot == 1;
     return count;
