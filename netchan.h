@@ -5350,6 +5350,15 @@ static void netchan__pause(int count) {
     }
 }
 
+/* Pauses twice as long as the last time; *pauses begins as 0. Returns false when it is time to sleep. */
+static bool netchan__back_off(int *pauses) {
+    enum { FIRST = 16, LAST = 512 };
+    *pauses = *pauses ? 2 * *pauses : (int)FIRST;
+    if (*pauses > LAST) return false;
+    netchan__pause(*pauses);
+    return true;
+}
+
 /* Waiting without sleep is of no use, and not done for a while, when it was not several times in a row. */
 static NETCHAN__THREAD_LOCAL unsigned netchan__spun_in_vain;
 
@@ -5366,11 +5375,10 @@ static bool netchan__note_spin(bool hit) {
 /* Tries for some microseconds before it sleeps, less and less often: who has the lock then gets several things done in
  * a row. */
 static void netchan__take_lock(pthread_mutex_t *lock) {
-    enum { PAUSES = 16, MOST = 512 };
-    for (int pauses = PAUSES; pauses <= MOST; pauses *= 2) {
+    int pauses = 0;
+    do
         if (pthread_mutex_trylock(lock) == 0) return;
-        netchan__pause(pauses);
-    }
+    while (netchan__back_off(&pauses));
     pthread_mutex_lock(lock);
 }
 
@@ -5852,8 +5860,6 @@ static bool netchan__take_quickly(netchan *ch, netchan__slot *slot) {
 }
 
 /* Before it waits in the queue of a channel of this process, a call lets the other side get several things done. */
-enum { NETCHAN__TRY_FIRST = 16, NETCHAN__TRY_LAST = 512 }; /* pauses */
-
 static bool netchan__may_retry(netchan *ch, int timeout_ms) {
     return ch && timeout_ms && !ch->is_end && !netchan__is_net(ch) && ch->lane.cap && netchan__may_spin();
 }
@@ -5876,10 +5882,7 @@ NETCHANDEF int netchan_send(netchan *ch, netchan_value v, int timeout_ms) {
     if (netchan__send_quickly(ch, &v)) return NETCHAN_OK;
     if (netchan__may_retry(ch, timeout_ms)) {
         bool sent = false;
-        for (int pauses = NETCHAN__TRY_FIRST; pauses <= NETCHAN__TRY_LAST && !sent; pauses *= 2) {
-            netchan__pause(pauses);
-            sent = netchan__send_quickly(ch, &v);
-        }
+        for (int pauses = 0; !sent && netchan__back_off(&pauses);) sent = netchan__send_quickly(ch, &v);
         if (netchan__note_spin(sent)) return NETCHAN_OK;
     }
     netchan_case c = netchan_case_send(ch, v);
@@ -5894,10 +5897,7 @@ NETCHANDEF int netchan_recvfrom(netchan *ch, netchan_value *v, netchan_peer *fro
     netchan_case c = netchan_case_recv(ch, v);
     bool done = netchan__receive_quickly(&c);
     if (!done && netchan__may_retry(ch, timeout_ms)) {
-        for (int pauses = NETCHAN__TRY_FIRST; pauses <= NETCHAN__TRY_LAST && !done; pauses *= 2) {
-            netchan__pause(pauses);
-            done = netchan__receive_quickly(&c);
-        }
+        for (int pauses = 0; !done && netchan__back_off(&pauses);) done = netchan__receive_quickly(&c);
         netchan__note_spin(done);
     }
     int result = done ? NETCHAN_OK : netchan__operate_one(&c, 0, timeout_ms);
@@ -5960,10 +5960,7 @@ static int netchan__select_quickly(netchan_case *cases, size_t count) {
 static int netchan__select_plain(netchan_case *cases, size_t count, int timeout_ms) {
     int won = netchan__select_quickly(cases, count);
     if (won >= 0 || !timeout_ms || !netchan__may_spin()) return won;
-    for (int pauses = NETCHAN__TRY_FIRST; won < 0 && pauses <= NETCHAN__TRY_LAST; pauses *= 2) {
-        netchan__pause(pauses);
-        won = netchan__select_quickly(cases, count);
-    }
+    for (int pauses = 0; won < 0 && netchan__back_off(&pauses);) won = netchan__select_quickly(cases, count);
     netchan__note_spin(won >= 0);
     return won;
 }
@@ -9950,6 +9947,9 @@ static void netchan__remove_listener(netchan__endpoint *e) {
 
 /* The endpoint has stopped and its connections are closed. */
 static void netchan__remove_endpoint(netchan__endpoint *e) {
+    netchan__endpoint **at = &netchan__io.soon; /* closing its last connection may have put it there again */
+    while (*at && *at != e) at = &(*at)->next_soon;
+    if (*at) *at = e->next_soon;
     netchan__remove_listener(e);
     NETCHAN__UNLINK(netchan__io.endpoints, e, prev, next);
     e->gone = true;
@@ -10006,13 +10006,18 @@ static bool netchan__has_output(const netchan__session *s) {
     return speaks || s->peer.owes || w->ack_now || netchan__buf_size(&w->control);
 }
 
+/* Takes the first session off the list. */
+static netchan__session *netchan__drop_pending(void) {
+    netchan__session *s = netchan__net.pending;
+    netchan__net.pending = s->next_pending;
+    s->is_pending = false;
+    return s;
+}
+
 /* Whether something is pending. */
 static bool netchan__is_pending(void) {
     netchan__session *s;
-    while ((s = netchan__net.pending) && !netchan__has_output(s)) {
-        netchan__net.pending = s->next_pending;
-        s->is_pending = false;
-    }
+    while ((s = netchan__net.pending) && !netchan__has_output(s)) netchan__drop_pending();
     if (!s) netchan__net.hurry = netchan__net.deferred = false;
     return s != NULL;
 }
@@ -10020,10 +10025,7 @@ static bool netchan__is_pending(void) {
 /* Takes the connection of a session that has something to send. NULL: none is left. */
 static netchan__conn *netchan__next_pending(void) {
     if (!netchan__is_pending()) return NULL;
-    netchan__session *s = netchan__net.pending;
-    netchan__net.pending = s->next_pending;
-    s->is_pending = false;
-    return (netchan__conn *)s->wire->owner;
+    return (netchan__conn *)netchan__drop_pending()->wire->owner;
 }
 
 /* Gives the sessions that have something new to send to their connections. */
@@ -10272,6 +10274,11 @@ static bool netchan__round(uint64_t until, bool caller) {
     return netchan__poll(now, until, caller);
 }
 
+/* Is there something that may not be left alone (R2)? */
+static bool netchan__is_wanted(void) {
+    return (!netchan__net.deferred && netchan__is_pending()) || netchan__is_busy() || netchan__logs;
+}
+
 /* Until it is the I/O thread's turn (R2). While callers come again and again it has a look from time to time. */
 static void netchan__await_turn(void) {
     bool looks = false;
@@ -10297,9 +10304,8 @@ static void *netchan__io_main(void *arg) {
         netchan__round(UINT64_MAX, false);
         if (netchan__net.lent) netchan__io.spin_until = 0;
         netchan__net.runner = NETCHAN__NOBODY;
-        bool busy = (!netchan__net.deferred && netchan__is_pending()) || netchan__is_busy() || netchan__logs;
         netchan__net.lent |= netchan__net.finished || netchan__net.deferred;
-        netchan__net.lent &= !netchan__net.sleepers && !busy;
+        netchan__net.lent &= !netchan__net.sleepers && !netchan__is_wanted();
         netchan__wake_between();
     }
     netchan__io_unlock();
@@ -10319,8 +10325,8 @@ static void netchan__run_loop(netchan__op *op, uint64_t deadline) {
         op->runs = false;
         netchan__net.runner = NETCHAN__NOBODY;
         netchan__net.deferred = netchan__is_pending() && netchan__is_burst(); /* who waited for credit has more */
-        bool busy = (!netchan__net.deferred && netchan__is_pending()) || netchan__is_busy() || netchan__logs;
-        netchan__net.wake = !over || busy || netchan__net.sleepers || netchan__net.stands_by || netchan__io.stop;
+        netchan__net.wake = !over || netchan__is_wanted() || netchan__net.sleepers || netchan__net.stands_by ||
+                            netchan__io.stop;
     }
     if (!over) {
         op->sleeps = true;
