@@ -57,9 +57,19 @@ OTHERS := $(patsubst %,$(BUILD)/bench/%,zmq nng)
 .PHONY: all deps test check sanitize asan tsan matrix symbols lint fuzz sim bench bench-build bench-deps demo clean
 all: $(EXAMPLES) $(PROGRAMS) $(CONFORMANCE)
 
+# One command each, as the examples say. With ONCE set the implementation is compiled once for all of them.
+IMPLEMENTATION = define NETCHAN_IMPLEMENTATION
+ifndef ONCE
 $(EXAMPLES): $(BUILD)/%: examples/%.c netchan.h | $(DEPS)
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS) $< -o $@ -I. $(MBEDTLS_FLAGS) -lpthread
+else
+$(BUILD)/netchan.o: netchan.h | $(DEPS)
+	@mkdir -p $(@D)
+	printf '#$(IMPLEMENTATION)\n#include "netchan.h"\n' | $(CC) $(CFLAGS) -x c -c - -o $@ -I. $(MBEDTLS_CFLAGS)
+$(EXAMPLES): $(BUILD)/%: examples/%.c $(BUILD)/netchan.o
+	sed '/$(IMPLEMENTATION)/d' $< | $(CC) $(CFLAGS) -x c - -x none $(BUILD)/netchan.o -o $@ -I. $(MBEDTLS_FLAGS) -lpthread
+endif
 
 $(PROGRAMS): $(BUILD)/tests/%: tests/%.c netchan.h $(wildcard tests/*.h) | $(DEPS)
 	@mkdir -p $(@D)
@@ -94,7 +104,7 @@ check:
 SANITIZER = -O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all -fsanitize
 # Nothing of netchan.h runs in the model, nor in what must not compile; valgrind and the sanitizers exclude each other;
 # failures.sh is for who has time; scale measures what things cost, which a sanitizer changes, and takes a minute there.
-SANITIZED_TEST = NETCHAN_TEST_ALARM=300 TEST_SECONDS=600 $(MAKE) --no-print-directory test LEAVE_OUT='%/model %/badfield.sh %/valgrind.sh %/failures.sh %/scale'
+SANITIZED_TEST = NETCHAN_TEST_ALARM=300 TEST_SECONDS=600 ONCE=1 $(MAKE) --no-print-directory test LEAVE_OUT='%/model %/badfield.sh %/valgrind.sh %/failures.sh %/scale'
 NO_ASLR = $(shell setarch -R true 2>/dev/null && echo setarch -R)
 sanitize:
 	+@$(MAKE) --no-print-directory asan; asan=$$?; $(MAKE) --no-print-directory tsan && exit $$asan

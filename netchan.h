@@ -809,10 +809,13 @@ extern "C" {
 #define NETCHAN__OUT_OF_LINE
 #endif
 
-/* Sections that run seldom, or beside what costs far more, are compiled for size where the program is optimised. */
-#if defined(__GNUC__) && !defined(__clang__) && defined(__OPTIMIZE__)
+/* gcc compiles all this in half the time, and to something as fast, when it leaves out most of what -O2 adds; and what
+ * runs seldom, or beside what costs far more, it compiles for size. */
+#if defined(__GNUC__) && !defined(__clang__) && defined(__OPTIMIZE__) && !defined(__OPTIMIZE_SIZE__)
 #define NETCHAN__SMALL_BEGIN _Pragma("GCC push_options") _Pragma("GCC optimize(\"Os\")")
 #define NETCHAN__SMALL_END _Pragma("GCC pop_options")
+#pragma GCC push_options
+#pragma GCC optimize("O1", "inline-small-functions")
 #else
 #define NETCHAN__SMALL_BEGIN
 #define NETCHAN__SMALL_END
@@ -10850,6 +10853,9 @@ NETCHANDEF int netchan_get_stats(netchan_link *link, netchan_stats *stats) {
     return NETCHAN_OK;
 }
 
+#if defined(__GNUC__) && !defined(__clang__) && defined(__OPTIMIZE__) && !defined(__OPTIMIZE_SIZE__)
+#pragma GCC pop_options
+#endif
 #ifdef __cplusplus
 }
 #endif

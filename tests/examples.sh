@@ -23,7 +23,7 @@ check() {
 	fi
 }
 # run PROGRAM ARGUMENTS...: an example, but not for ever. In the background it must be `$limit "$bin/PROGRAM"`, or $! is a shell.
-limit="timeout -k 1 30"
+limit="timeout -k 1 60"
 run() {
 	program=$1
 	shift
