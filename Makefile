@@ -1,5 +1,5 @@
 # make            examples into build/, tests into build/tests/
-# make test       the tests, one line for each
+# make test       the tests, one line for each; JOBS of the programs at a time
 # make check      test, sanitize, matrix, symbols and lint, one after the other
 # make sanitize   the tests again under AddressSanitizer with UBSan (asan), and under ThreadSanitizer (tsan)
 # make matrix     the header in every C and C++ standard, with gcc and clang, without a warning
@@ -21,6 +21,7 @@ BUILD = build
 FUZZ_SECONDS = 30
 SEEDS = 10000
 SEED0 = 1
+JOBS = 1
 RUN = tests/run
 PLOT = $(BUILD)/bench/figures.svg
 
@@ -42,7 +43,7 @@ MBEDTLS_LIBS := -L$(MBEDTLS)/lib $(if $(DEPS),,-Wl,-rpath,$(abspath $(MBEDTLS)/l
 MBEDTLS_INCLUDE := $(MBEDTLS)/include
 endif
 MBEDTLS_FLAGS = $(MBEDTLS_CFLAGS) $(MBEDTLS_LIBS)
-export BUILD CC CFLAGS MBEDTLS_CFLAGS MBEDTLS_LIBS MBEDTLS_FLAGS
+export BUILD CC CFLAGS JOBS MBEDTLS_CFLAGS MBEDTLS_LIBS MBEDTLS_FLAGS
 
 # A tests/x.sh is a test of its own, and a tests/x.c beside it is its material.
 SCRIPTS := $(filter-out tests/demo.sh,$(wildcard tests/*.sh))

@@ -6423,7 +6423,7 @@ static uint8_t *netchan__append_bytes(netchan__session *s, const uint8_t *head, 
     memcpy(to, head, size);
     s->out.end += total;
     s->queued++;
-    netchan__mark_pending(s, !lazy);
+    netchan__mark_pending(s, !lazy || netchan__unsent(s) >= NETCHAN__FRAME_MAX);
     return to + size;
 }
 
@@ -10043,10 +10043,7 @@ static void netchan__send_pending(uint64_t now) {
 }
 
 /* Is what is pending a value, or credit, that may wait for others? */
-static bool netchan__is_burst(void) {
-    return !netchan__net.hurry && !netchan__net.pending->next_pending &&
-           netchan__unsent(netchan__net.pending) < NETCHAN__FRAME_MAX;
-}
+static bool netchan__is_burst(void) { return !netchan__net.hurry; }
 
 /* Has something been sent just now? */
 static bool netchan__sent_lately(uint64_t now) {

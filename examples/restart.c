@@ -11,7 +11,9 @@
 #define NETCHAN_IMPLEMENTATION
 #include "netchan.h"
 
+#include <fcntl.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

@@ -229,8 +229,8 @@ static bool is_full(void) {
 }
 
 static void test_ten_thousand_cuts(void) {
-    int64_t count = is_full() ? 1000000 : 400000 / FEWER;
-    unsigned cuts = is_full() ? 10000 : 4000 / FEWER;
+    int64_t count = is_full() ? 1000000 : 120000 / FEWER;
+    unsigned cuts = is_full() ? 10000 : 1200 / FEWER;
     netchan_options o = options();
     shaky s;
     flow f[2];
