@@ -202,8 +202,8 @@
  *     1a IMPORT n, flags, name   either side asks for what the other exports by this name (1 to 255 bytes). flags: 1 to
  *               receive from it, 2 try (answer at once). n is not 0
  *     1b FORGET n                this question needs no answer any more
- *     20 CLAIM entry, match, flags, size, [value]     H: flags: 1 final (granting commits), 2 redelivered. size: of the
- *               value that a receive would get
+ *     20 CLAIM entry, match, flags, size, [value]     H: flags: 1 final (granting commits), 2 redelivered, 4 nobody
+ *               waits for the answer, which may wait a moment for company. size: of the value that a receive would get
  *     21 COMMIT entry, match, flags, size, [value]    H: the engaged receive gets this value
  *     22 RELEASE entry, match    H: the grant is not used, the entry waits again
  *     23 ACCEPT entry, result    H: a send is over; or, with a result that is not 0, any entry. result: 0 OK, else the
@@ -1990,7 +1990,7 @@ struct netchan__waiter {
     /* A claim on this waiter by a match at its home. */
     netchan__waiter *next_claim; /* in the queue of its operation */
     uint64_t claim;              /* the match; 0: none */
-    bool claim_final, claim_redelivered;
+    bool claim_final, claim_redelivered, claim_unhurried;
     netchan_value claim_value;
     netchan__incoming incoming; /* a large value that is being received */
     size_t announced;      /* how many bytes they will be */
@@ -2195,7 +2195,7 @@ enum netchan__frame_type {
 
 /* OFFER and DEMAND */
 enum { NETCHAN__MULTI = 1, NETCHAN__TRY = 2, NETCHAN__FIRM = 4, NETCHAN__HERE = 8, NETCHAN__RELAYED = 16 };
-enum { NETCHAN__FINAL = 1, NETCHAN__REDELIVERED = 2 };                             /* CLAIM and COMMIT */
+enum { NETCHAN__FINAL = 1, NETCHAN__REDELIVERED = 2, NETCHAN__UNHURRIED = 4 };     /* CLAIM and COMMIT */
 
 /* One message of the commit protocol, as the wire section at the top describes it. */
 typedef struct netchan__frame {
@@ -2204,6 +2204,7 @@ typedef struct netchan__frame {
     size_t memory;          /* what an incoming value occupies */
     netchan_value value;    /* outgoing: borrowed; incoming: owned, the handler may take it */
     bool has_value;
+    bool lazy;              /* outgoing: see netchan__mark_pending() */
     const uint8_t *bytes;   /* FRAGMENT */
     size_t count;
     uint8_t process[16];    /* with RELAYED */
@@ -3489,7 +3490,8 @@ static void netchan__claim_remote(netchan__match *m, netchan__waiter *w, bool fi
     netchan__frame f = netchan__new_frame(NETCHAN__CLAIM);
     f.entry = w->id;
     f.match = m->id;
-    f.flags = netchan__flag(final, NETCHAN__FINAL) | netchan__flag(m->redelivered, NETCHAN__REDELIVERED);
+    f.flags = netchan__flag(final, NETCHAN__FINAL) | netchan__flag(m->redelivered, NETCHAN__REDELIVERED) |
+              netchan__flag(!m->sender && !m->lane->senders.head, NETCHAN__UNHURRIED);
     m->carried = final && !w->is_send && m->size <= NETCHAN__FRAGMENT;
     if (!w->is_send) f.size = m->size;
     if (m->carried) {
@@ -3724,6 +3726,7 @@ static void netchan__grant(netchan__waiter *w) {
     netchan__frame f = netchan__new_frame(NETCHAN__GRANT);
     f.match = w->claim;
     f.entry = w->id;
+    f.lazy = w->claim_unhurried;
     if (w->is_send) {
         f.has_value = true;
         f.value = w->value;
@@ -3772,6 +3775,7 @@ static void netchan__on_claim(netchan__peer *p, netchan__frame *f) {
     w->claim = f->match;
     w->claim_final = final;
     w->claim_redelivered = f->flags & NETCHAN__REDELIVERED;
+    w->claim_unhurried = final && !w->is_send && f->has_value && f->flags & NETCHAN__UNHURRIED;
     w->claim_value = f->value;
     f->value = netchan__nil_value;
     if (netchan__state(w->op) == NETCHAN__OPEN) {
@@ -6323,11 +6327,15 @@ static void netchan__wire_fail(netchan__wire *w, const char *reason) {
 }
 
 /* Appends a frame that is not numbered. */
-static void netchan__emit_control(netchan__wire *w, unsigned type, const uint8_t *body, size_t size) {
+static void netchan__append_control(netchan__wire *w, unsigned type, const uint8_t *body, size_t size) {
     uint8_t head[12], *end = netchan__varint_put(head, size + 1);
     *end++ = (uint8_t)type;
     if (!netchan__buf_append(&w->control, head, (size_t)(end - head)) || !netchan__buf_append(&w->control, body, size))
         netchan__wire_fail(w, "out of memory for what is to be sent to it");
+}
+
+static void netchan__emit_control(netchan__wire *w, unsigned type, const uint8_t *body, size_t size) {
+    netchan__append_control(w, type, body, size);
     if (w->session) netchan__mark_pending(w->session, true);
 }
 
@@ -6337,9 +6345,14 @@ static void netchan__emit_number(netchan__wire *w, unsigned type, uint64_t n) {
         netchan__emit_control(w, type, body, (size_t)(netchan__varint_put(body, n) - body));
 }
 
-static void netchan__emit_ack(netchan__wire *w, const netchan__session *s) {
+static void netchan__append_ack(netchan__wire *w, const netchan__session *s) {
     uint8_t body[10];
-    netchan__emit_control(w, NETCHAN__ACK, body, (size_t)(netchan__varint_put(body, s->received) - body));
+    netchan__append_control(w, NETCHAN__ACK, body, (size_t)(netchan__varint_put(body, s->received) - body));
+}
+
+static void netchan__emit_ack(netchan__wire *w, const netchan__session *s) {
+    netchan__append_ack(w, s);
+    if (w->session) netchan__mark_pending(w->session, true);
 }
 
 /* The fields of each numbered frame type: c channel, e entry, o op, m match, f flags, p process, if a flag says so,
@@ -6439,7 +6452,7 @@ static uint8_t *netchan__append_frame(netchan__session *s, const netchan__frame 
             p += sizeof frame->process;
         }
     }
-    return netchan__append_bytes(s, head, (size_t)(p - head), extra, frame->type == NETCHAN__CREDIT);
+    return netchan__append_bytes(s, head, (size_t)(p - head), extra, frame->lazy || frame->type == NETCHAN__CREDIT);
 }
 
 static void netchan__append_parcel(netchan__session *s, netchan__parcel *parcel) {
@@ -6565,7 +6578,7 @@ static size_t netchan__wire_output(netchan__wire *w, uint8_t *record, const uint
     if (s && s->peer.owes && s->peer.lane) netchan__lend_now(s->peer.lane);
     bool frames = s && netchan__unsent(s) && s->given < NETCHAN_WINDOW;
     if (s && s->told != s->received && (frames || w->ack_now || s->untold >= NETCHAN__ACK_BYTES)) {
-        netchan__emit_ack(w, s);
+        netchan__append_ack(w, s);
         s->told = s->received;
         s->untold = 0;
         w->ack_now = false;
@@ -9876,6 +9889,9 @@ static bool netchan__close_failed(netchan__conn *c, uint64_t now) {
     return true;
 }
 
+/* Is what is pending values, credit and answers that may wait for others? */
+static bool netchan__is_burst(void) { return !netchan__net.hurry; }
+
 /* poll() has news of a connection, or there is something to send. Caller holds no lock. */
 static void netchan__conn_ready(netchan__conn *c, short events) {
     bool fatal = false, alive = true;
@@ -9889,8 +9905,9 @@ static void netchan__conn_ready(netchan__conn *c, short events) {
     netchan__session *s = c->wire.session;
     if (s && s->peer.breach) netchan__end_session(s, s->peer.breach);
     else if (s) netchan__check_farewell(s);
+    bool waits = alive && events == POLLIN && s && s->is_pending && netchan__is_burst(); /* for what goes with it */
     netchan__io_release();
-    if (alive && !netchan__conn_write(c)) {
+    if (alive && !waits && !netchan__conn_write(c)) {
         alive = false;
         snprintf(c->stream.reason, sizeof c->stream.reason, "the connection broke");
     }
@@ -10041,9 +10058,6 @@ static void netchan__send_pending(uint64_t now) {
         pthread_mutex_lock(&netchan__net_lock);
     }
 }
-
-/* Is what is pending a value, or credit, that may wait for others? */
-static bool netchan__is_burst(void) { return !netchan__net.hurry; }
 
 /* Has something been sent just now? */
 static bool netchan__sent_lately(uint64_t now) {

@@ -15,7 +15,7 @@ enum {
     CLAIM = 0x20, COMMIT, RELEASE, ACCEPT, WITHDRAWN, CREDIT, CLOSED, RETURN, FRAGMENT_DOWN, CLOSING, GONE, IMPORTED
 };
 enum { MULTI = 1, TRY = 2, FIRM = 4, HERE = 8, RELAYED_FLAG = 16 };
-enum { FINAL = 1, REDELIVERED = 2 };
+enum { FINAL = 1, REDELIVERED = 2, UNHURRIED = 4 };
 enum { PIECE = 16000 }; /* bytes of a value in one FRAGMENT */
 
 typedef struct bytes {
