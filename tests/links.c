@@ -79,7 +79,7 @@ static void *tally_receiver(void *arg) {
     struct tally_worker *worker = (struct tally_worker *)arg;
     tally *t = worker->tally;
     uint64_t seed = (uint64_t)worker->number + 1000;
-    while (t->impatient && !__atomic_load_n(&t->late, __ATOMIC_ACQUIRE)) sched_yield(); /* else all might be in time */
+    while (t->impatient && t->send && !__atomic_load_n(&t->late, __ATOMIC_ACQUIRE)) sched_yield(); /* else all might be in time */
     while (!__atomic_load_n(&t->over, __ATOMIC_ACQUIRE)) {
         netchan_value v;
         netchan_case c[2];
