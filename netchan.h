@@ -9905,6 +9905,7 @@ static void netchan__conn_ready(netchan__conn *c, short events) {
     netchan__session *s = c->wire.session;
     if (s && s->peer.breach) netchan__end_session(s, s->peer.breach);
     else if (s) netchan__check_farewell(s);
+    s = c->wire.session; /* it may have ended */
     bool waits = alive && events == POLLIN && s && s->is_pending && netchan__is_burst(); /* for what goes with it */
     netchan__io_release();
     if (alive && !waits && !netchan__conn_write(c)) {
