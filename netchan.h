@@ -814,6 +814,7 @@ extern "C" {
 #if defined(__GNUC__) && !defined(__clang__) && defined(__OPTIMIZE__) && !defined(__OPTIMIZE_SIZE__)
 #define NETCHAN__SMALL_BEGIN _Pragma("GCC push_options") _Pragma("GCC optimize(\"Os\")")
 #define NETCHAN__SMALL_END _Pragma("GCC pop_options")
+#define NETCHAN__TUNED
 #pragma GCC push_options
 #pragma GCC optimize("O1", "inline-small-functions")
 #else
@@ -10865,7 +10866,7 @@ NETCHANDEF int netchan_get_stats(netchan_link *link, netchan_stats *stats) {
     return NETCHAN_OK;
 }
 
-#if defined(__GNUC__) && !defined(__clang__) && defined(__OPTIMIZE__) && !defined(__OPTIMIZE_SIZE__)
+#ifdef NETCHAN__TUNED
 #pragma GCC pop_options
 #endif
 #ifdef __cplusplus

@@ -79,7 +79,8 @@ static void *tally_receiver(void *arg) {
     struct tally_worker *worker = (struct tally_worker *)arg;
     tally *t = worker->tally;
     uint64_t seed = (uint64_t)worker->number + 1000;
-    while (t->impatient && t->send && !__atomic_load_n(&t->late, __ATOMIC_ACQUIRE)) sched_yield(); /* else all might be in time */
+    bool awaits = t->impatient && t->send; /* else all might be in time */
+    while (awaits && !__atomic_load_n(&t->late, __ATOMIC_ACQUIRE)) sched_yield();
     while (!__atomic_load_n(&t->over, __ATOMIC_ACQUIRE)) {
         netchan_value v;
         netchan_case c[2];
