@@ -2069,14 +2069,11 @@ struct netchan__lane {
     bool is_ready;
     netchan__queue senders;
     netchan__slot *slots; /* a ring that grows up to cap */
-    size_t first, count, room, cap;
+    size_t room, cap;     /* room: a power of two */
     size_t out;      /* values of the buffer that are out on claims */
     size_t pinned;   /* of those, on claims that can be declined */
     size_t reserved; /* slots promised to senders being claimed */
     size_t lent;     /* credit at the peer */
-    size_t left;     /* values that left since the peer was told */
-    size_t memory;   /* what the values in the buffer occupy */
-    uint64_t entered; /* values, ever */
     bool closing;    /* no more values will enter */
     size_t matching; /* matches of this lane */
     netchan__peer *peer; /* the process that sends into this lane, if it is one of several */
@@ -2088,6 +2085,12 @@ struct netchan__lane {
     bool returning;  /* this side hangs up: what is in the buffer goes back to the peer */
     netchan__lane *next_changed;
     bool is_changed;
+    size_t last;      /* the next value that enters has slot last % room */
+    uint64_t entered; /* values, ever */
+    size_t came;      /* how much values occupied that entered the buffer, in bytes, modulo */
+    size_t first;     /* the next value that leaves has slot first % room */
+    size_t went;      /* likewise of those that left */
+    size_t left;      /* values that left since the peer was told */
 };
 
 struct netchan {
@@ -2354,17 +2357,31 @@ static NETCHAN__OUT_OF_LINE void netchan__breach(netchan__peer *p, const char *w
 
 static bool netchan__is_net(netchan *ch) { return __atomic_load_n(&ch->lock, __ATOMIC_ACQUIRE) == &netchan__net_lock; }
 
+/* How many values are in the buffer. */
+static size_t netchan__held(const netchan__lane *lane) { return lane->last - lane->first; }
+
+static netchan__slot *netchan__slot_at(const netchan__lane *lane, size_t number) {
+    return &lane->slots[number & (lane->room - 1)];
+}
+
+/* The slot of the value that leaves next. */
+static netchan__slot *netchan__front(const netchan__lane *lane) { return netchan__slot_at(lane, lane->first); }
+
+/* What the values in the buffer occupy, in bytes. */
+static size_t netchan__lane_memory(const netchan__lane *lane) { return lane->came - lane->went; }
+
 /* Grows the ring so that one more value fits. Returns false when out of memory. */
 static bool netchan__lane_room(netchan__lane *lane) {
-    if (lane->count + lane->out + lane->reserved < lane->room) return true; /* a value that is out may come back */
-    size_t room = lane->room ? lane->room * 2 : 8;
+    size_t count = netchan__held(lane), room = lane->room ? lane->room * 2 : 8;
+    if (count + lane->out + lane->reserved < lane->room) return true; /* a value that is out may come back */
     netchan__slot *slots = (netchan__slot *)netchan__alloc(room * sizeof *slots);
     if (!slots) return false;
-    for (size_t i = 0; i < lane->count; i++) slots[i] = lane->slots[(lane->first + i) & (lane->room - 1)];
+    for (size_t i = 0; i < count; i++) slots[i] = *netchan__slot_at(lane, lane->first + i);
     NETCHAN_FREE(lane->slots);
     lane->slots = slots;
-    lane->room = room; /* a power of two */
+    lane->room = room;
     lane->first = 0;
+    lane->last = count;
     return true;
 }
 
@@ -2384,7 +2401,8 @@ static void netchan__has_room(netchan__peer *p) {
 /* Counts what a slot occupies, for the lane and for the peer that sent the value; a peer with a lane of its own is
  * bounded by that. */
 static void netchan__occupy(netchan__lane *lane, const netchan__slot *slot, bool on) {
-    lane->memory += on ? slot->memory : 0 - slot->memory;
+    if (on) lane->came += slot->memory;
+    else lane->went += slot->memory;
     netchan__peer *p = NULL;
     if (slot->from && !lane->peer_number) p = (netchan__peer *)netchan__map_get(&netchan__net.by_number, slot->from);
     if (!p) return;
@@ -2394,7 +2412,7 @@ static void netchan__occupy(netchan__lane *lane, const netchan__slot *slot, bool
 
 /* There is room, see netchan__lane_room(). The value is moved. memory: the bytes it occupies. */
 static void netchan__lane_push(netchan__lane *lane, netchan_value *v, size_t size, size_t memory, uint64_t from) {
-    netchan__slot *slot = &lane->slots[(lane->first + lane->count++) & (lane->room - 1)];
+    netchan__slot *slot = netchan__slot_at(lane, lane->last);
     slot->value = *v;
     slot->size = size;
     slot->memory = memory + sizeof *slot;
@@ -2402,37 +2420,35 @@ static void netchan__lane_push(netchan__lane *lane, netchan_value *v, size_t siz
     slot->from = from;
     slot->redelivered = false;
     netchan__occupy(lane, slot, true);
+    __atomic_store_n(&lane->last, lane->last + 1, __ATOMIC_RELEASE);
     *v = netchan__nil_value;
 }
 
 static netchan__slot netchan__lane_pop(netchan__lane *lane) {
-    netchan__slot slot = lane->slots[lane->first];
-    lane->first = (lane->first + 1) & (lane->room - 1);
-    lane->count--;
+    netchan__slot slot = *netchan__front(lane);
     netchan__occupy(lane, &slot, false);
+    __atomic_store_n(&lane->first, lane->first + 1, __ATOMIC_RELEASE);
     return slot;
 }
 
 /* A value that was out comes back to where it was; others that were out before it may be back already. */
 static void netchan__lane_unpop(netchan__lane *lane, netchan__slot slot) {
-    size_t mask = lane->room - 1, at = lane->first = (lane->first - 1) & mask;
+    size_t at = --lane->first;
     netchan__occupy(lane, &slot, true);
-    for (size_t i = lane->count++; i && lane->slots[(at + 1) & mask].order < slot.order; i--) {
-        lane->slots[at] = lane->slots[(at + 1) & mask];
-        at = (at + 1) & mask;
-    }
-    lane->slots[at] = slot;
+    for (; at + 1 != lane->last && netchan__slot_at(lane, at + 1)->order < slot.order; at++)
+        *netchan__slot_at(lane, at) = *netchan__slot_at(lane, at + 1);
+    *netchan__slot_at(lane, at) = slot;
 }
 
 static bool netchan__slot_free(const netchan__lane *lane) {
-    return lane->count + lane->out + lane->reserved + lane->lent < lane->cap;
+    return netchan__held(lane) + lane->out + lane->reserved + lane->lent < lane->cap;
 }
 
 /* Keeps the lane in the list of lanes that a receiver could take from; last in turn when it is added. */
 static void netchan__update_ready(netchan__lane *lane) {
     netchan *ch = lane->ch;
     if (lane->is_direct) return;
-    bool ready = lane->cap ? lane->count > 0 && !lane->pinned : lane->senders.head != NULL && !lane->closing;
+    bool ready = lane->cap ? netchan__held(lane) > 0 && !lane->pinned : lane->senders.head != NULL && !lane->closing;
     if (ready == lane->is_ready) return;
     lane->is_ready = ready;
     if (ready) {
@@ -2914,9 +2930,10 @@ static uint64_t netchan__sender_number(const netchan__waiter *s) { return s->op 
  */
 static size_t netchan__lendable(const netchan__lane *lane) {
     const netchan__peer *p = lane->peer;
-    size_t used = lane->count + lane->out + lane->reserved, free_slots = used < lane->cap ? lane->cap - used : 0;
+    size_t used = netchan__held(lane) + lane->out + lane->reserved, memory = netchan__lane_memory(lane);
+    size_t free_slots = used < lane->cap ? lane->cap - used : 0;
     size_t worst = (size_t)2 * NETCHAN__FRAGMENT; /* see netchan__raw */
-    size_t room = lane->memory < p->max_memory / 2 ? (p->max_memory / 2 - lane->memory) / worst : 0;
+    size_t room = memory < p->max_memory / 2 ? (p->max_memory / 2 - memory) / worst : 0;
     size_t target = room ? room : used == 0; /* one at least, or nothing would ever come */
     if (target > free_slots) target = free_slots;
     return target > lane->lent ? target : lane->lent;
@@ -2962,8 +2979,8 @@ static void netchan__hand_back(netchan__lane *lane) {
     netchan__peer *p = lane->peer;
     if (!p || p->farewell || lane->out) return;
     netchan__tell_left(lane);
-    while (lane->count) {
-        bool ripe = netchan__ripen(lane, &lane->slots[lane->first]) == NETCHAN_OK;
+    while (netchan__held(lane)) {
+        bool ripe = netchan__ripen(lane, netchan__front(lane)) == NETCHAN_OK;
         netchan__slot slot = netchan__lane_pop(lane);
         uint8_t *bytes = ripe ? (uint8_t *)NETCHAN_MALLOC(slot.size) : NULL;
         bool written = bytes && netchan__write_for(p, bytes + slot.size, &slot.value);
@@ -3077,7 +3094,7 @@ static size_t netchan__swollen(const netchan__peer *p, size_t size) {
 static bool netchan__can_ask(const netchan__waiter *s) {
     if (s->op || s->here) return true;
     if (s->peer->down) return false;
-    size_t most = s->peer->max_memory / 2, charged = s->peer->charged, stored = s->lane->memory;
+    size_t most = s->peer->max_memory / 2, charged = s->peer->charged, stored = netchan__lane_memory(s->lane);
     bool fits = charged ? charged + stored + netchan__swollen(s->peer, s->size) <= most
                         : !stored || stored + s->size <= most; /* one at a time may swell beyond */
     s->peer->waits |= !fits;
@@ -3175,7 +3192,7 @@ static bool netchan__serve_one(netchan__lane *lane, netchan__waiter *r) {
         netchan__update_ready(lane);
         return true;
     }
-    netchan__slot *slot = lane->cap ? &lane->slots[lane->first] : NULL;
+    netchan__slot *slot = lane->cap ? netchan__front(lane) : NULL;
     if (slot ? netchan__is_too_big(r, &slot->value, slot->size) : !s) return false;
     if (!netchan__may_pair(lane->ch, s, r)) return false;
     if (slot && netchan__ripen(lane, slot) != NETCHAN_OK) return netchan__starve(r);
@@ -3212,7 +3229,7 @@ static void netchan__serve_only(netchan__lane *lane) {
     netchan__waiter *r;
     do {
         netchan__fill(lane);
-        bool ready = lane->cap ? lane->count && !lane->pinned : lane->senders.head != NULL;
+        bool ready = lane->cap ? netchan__held(lane) && !lane->pinned : lane->senders.head != NULL;
         r = ready ? netchan__receiver_of(lane->only, lane->ch) : NULL;
     } while (r && netchan__serve_one(lane, r));
 }
@@ -3256,7 +3273,7 @@ static netchan__waiter *netchan__seize(netchan__queue *q) {
 /* No value is in the channel, and none is on its way into it or out of it. */
 static bool netchan__is_empty(const netchan *ch) {
     const netchan__lane *lane = ch->lanes;
-    while (lane && !lane->count && !lane->out && !lane->reserved) lane = lane->next;
+    while (lane && !netchan__held(lane) && !lane->out && !lane->reserved) lane = lane->next;
     return !lane && !ch->matches;
 }
 
@@ -3306,7 +3323,7 @@ static void netchan__lane_init(netchan__lane *lane, netchan *ch, size_t cap) {
 
 /* Frees the values, but not the room: one that is out may come back. */
 static void netchan__lane_empty(netchan__lane *lane) {
-    while (lane->count) {
+    while (netchan__held(lane)) {
         netchan__slot slot = netchan__lane_pop(lane);
         netchan_clear(&slot.value);
     }
@@ -4843,7 +4860,7 @@ static void netchan__free_lane(netchan__lane *lane) {
 /* A lane of a merge that is closed and empty goes. */
 static void netchan__retire_lane(netchan__lane *lane) {
     netchan *ch = lane->ch;
-    if (lane->count || lane->matching || lane->senders.head) return;
+    if (netchan__held(lane) || lane->matching || lane->senders.head) return;
     netchan__tell_left(lane);
     if (lane->peer) lane->peer->lane = NULL;
     if (netchan__net.on_drained) netchan__net.on_drained(lane);
@@ -5231,7 +5248,7 @@ static bool netchan__end_negotiations(netchan__peer *p) {
 static size_t netchan__end_direct(netchan__peer *p) {
     netchan__lane *lane = p->direct;
     if (!lane) return 0;
-    size_t count = lane->count;
+    size_t count = netchan__held(lane);
     p->direct = NULL;
     lane->only = NULL;
     lane->closing = true;
@@ -5857,7 +5874,7 @@ static bool netchan__take_quickly(netchan *ch, netchan__slot *slot) {
     netchan__lane *lane = ch->ready;
     if (!lane || !lane->cap || lane->closing || lane->returning || lane->senders.head) return false;
     if (ch->receivers.head || ch->closing || ch->gone || ch->senders_lost) return false;
-    if (netchan__ripen(lane, &lane->slots[lane->first]) != NETCHAN_OK) return false;
+    if (netchan__ripen(lane, netchan__front(lane)) != NETCHAN_OK) return false;
     netchan__next_turn(lane);
     *slot = netchan__lane_pop(lane);
     lane->left++;
@@ -6141,7 +6158,8 @@ NETCHANDEF size_t netchan_len(netchan *ch) {
     pthread_mutex_t *lock = netchan__lock_channel(ch);
     size_t n = 0;
     if (ch->is_end) n = ch->in_flight + ch->detached;
-    for (netchan__lane *lane = ch->is_end ? NULL : ch->lanes; lane; lane = lane->next) n += lane->count + lane->out;
+    for (netchan__lane *lane = ch->is_end ? NULL : ch->lanes; lane; lane = lane->next)
+        n += netchan__held(lane) + lane->out;
     netchan__unlock_one(lock);
     return n;
 }
@@ -6992,7 +7010,7 @@ static void netchan__event(netchan__hub *h, netchan__news n) {
         return;
     }
     h->events_dropped = 0;
-    if (lane->count >= lane->cap) {
+    if (netchan__held(lane) >= lane->cap) {
         netchan__slot oldest = netchan__lane_pop(lane);
         h->events_dropped = 1 + (size_t)netchan_as_uint(netchan_get(&oldest.value, "dropped"), 0);
         netchan_clear(&oldest.value);
@@ -7017,9 +7035,11 @@ static netchan_stats netchan__hub_stats(const netchan__hub *h) {
     netchan_stats stats = h->stats;
     const netchan *send = h->link.send;
     stats.peers = h->peers;
-    stats.queued = send->lane.count + send->detached;
-    for (const netchan__session *s = h->sessions; s; s = s->next)
-        stats.queued += (s->peer.direct ? s->peer.direct->count : 0) + (s->own_send ? s->own_send->lane.count : 0);
+    stats.queued = netchan__held(&send->lane) + send->detached;
+    for (const netchan__session *s = h->sessions; s; s = s->next) {
+        stats.queued += s->peer.direct ? netchan__held(s->peer.direct) : 0;
+        stats.queued += s->own_send ? netchan__held(&s->own_send->lane) : 0;
+    }
     stats.in_flight = send->in_flight;
     for (const netchan__match *m = send->matches; m; m = m->next)
         stats.in_flight += m->receiver && !m->receiver->op && (m->step == 3 || m->carried);
@@ -7073,7 +7093,7 @@ static bool netchan__make_own_channels(netchan__session *s) {
 static void netchan__show_next(netchan__hub *h) {
     netchan__session *s = h->first_new;
     netchan__lane *lane = s ? &h->link.accept->lane : NULL;
-    if (!s || h->shut || lane->count || lane->out) return;
+    if (!s || h->shut || netchan__held(lane) || lane->out) return;
     if (!netchan__lane_room(lane) || !netchan__make_own_channels(s)) return;
     netchan_entry entries[6] = {{"peer", netchan_uint(s->peer.number)},
                                 {"identity", netchan_str(s->identity_text)},
@@ -7151,14 +7171,14 @@ static size_t netchan__end_own_channels(netchan__session *s, bool drained) {
     size_t count = 0;
     netchan__dequeue_session(s);
     if (!send) return 0;
-    if (shown && shown->count &&
-        netchan_as_uint(netchan_get(&shown->slots[shown->first].value, "peer"), 0) == s->peer.number) {
+    if (shown && netchan__held(shown) &&
+        netchan_as_uint(netchan_get(&netchan__front(shown)->value, "peer"), 0) == s->peer.number) {
         netchan__slot slot = netchan__lane_pop(shown); /* nobody has taken it */
         netchan_clear(&slot.value);
         netchan__lane_changed(shown);
         netchan__look();
     }
-    count = send->lane.count;
+    count = netchan__held(&send->lane);
     netchan__lane_empty(&send->lane);
     send->gone = true;
     if (drained) send->closing = send->lane.closing = recv->closing = true;
@@ -7997,9 +8017,11 @@ static void netchan__shut_link(netchan__hub *h) {
 
 /* Listening: are there values in our buffers for peers that can still come for them? */
 static bool netchan__has_values(const netchan__hub *h) {
-    if (h->link.send->lane.count || h->link.send->matches) return true;
-    for (const netchan__session *s = h->sessions; s; s = s->next)
-        if ((s->peer.direct && s->peer.direct->count) || (s->own_send && !netchan__is_empty(s->own_send))) return true;
+    if (netchan__held(&h->link.send->lane) || h->link.send->matches) return true;
+    for (const netchan__session *s = h->sessions; s; s = s->next) {
+        if (s->peer.direct && netchan__held(s->peer.direct)) return true;
+        if (s->own_send && !netchan__is_empty(s->own_send)) return true;
+    }
     return false;
 }
 
@@ -8039,7 +8061,7 @@ static netchan_report netchan__hub_close(netchan__hub *h) {
     for (netchan__lane *lane = h->dials ? NULL : h->link.recv->lanes; lane; lane = next) {
         next = lane->next;
         lane->hub = NULL;
-        r.unreceived += lane->count;
+        r.unreceived += netchan__held(lane);
         netchan__lane_empty(lane);
         netchan__retire_lane(lane); /* one that is still being matched goes when that is over */
     }
@@ -8050,9 +8072,8 @@ static netchan_report netchan__hub_close(netchan__hub *h) {
         netchan__finish(w->op, w, NETCHAN_ECLOSED);
     }
     netchan__lane *left = &send->lane; /* the listener's buffer; at an end it is empty */
-    for (size_t i = 0; i < left->count; i++) {
-        bool redelivered = left->slots[(left->first + i) & (left->room - 1)].redelivered;
-        if (redelivered) r.unknown++;
+    for (size_t i = left->first; i != left->last; i++) {
+        if (netchan__slot_at(left, i)->redelivered) r.unknown++;
         else r.undelivered++;
     }
     if (!h->dials) netchan__lane_empty(left);
@@ -9443,7 +9464,7 @@ static void netchan__note_failure(netchan__endpoint *e, uint64_t origin, uint64_
 /* Tells of strangers that were turned away (L3); of those that came too quickly later, together. */
 static void netchan__tell_rejected(netchan__endpoint *e, uint64_t now) {
     netchan__hub *h = &e->hub;
-    if (!e->untold || h->link.events->lane.count >= NETCHAN__EVENTS_MAX / 2) return;
+    if (!e->untold || netchan__held(&h->link.events->lane) >= NETCHAN__EVENTS_MAX / 2) return;
     if (netchan__bucket_full(e->told, now, NETCHAN__TELL, NETCHAN__TELL_MS)) {
         netchan__tick_before(netchan__after(now, NETCHAN__TELL_MS));
         return;

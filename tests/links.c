@@ -1499,7 +1499,8 @@ static void test_no_two_get_the_same(void) {
 static size_t ready_peers(netchan *ch) {
     size_t count = 0;
     pthread_mutex_lock(&netchan__net_lock);
-    for (netchan__lane *lane = ch->lanes; lane; lane = lane->next) count += lane->count > 0 || lane->senders.head;
+    for (netchan__lane *lane = ch->lanes; lane; lane = lane->next)
+        count += netchan__held(lane) > 0 || lane->senders.head;
     pthread_mutex_unlock(&netchan__net_lock);
     return count;
 }

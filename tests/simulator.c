@@ -1500,7 +1500,7 @@ static void note_end(port *p, const netchan_value *event, const char *reason, bo
 }
 
 static void read_events(port *p) {
-    while (p->open && p->hub.link.events->lane.count) {
+    while (p->open && netchan__held(&p->hub.link.events->lane)) {
         netchan_value event;
         be(p->node);
         CHECK_INT(netchan_recv(p->hub.link.events, &event, NETCHAN_NOWAIT), NETCHAN_OK);
@@ -1809,11 +1809,11 @@ static bool is_idle(const netchan__waiter *w) {
 }
 
 static void check_lane(const netchan__lane *lane) {
-    if (lane->count + lane->out + lane->reserved + lane->lent > lane->cap)
+    if (netchan__held(lane) + lane->out + lane->reserved + lane->lent > lane->cap)
         broken("capacity %zu is exceeded", lane->cap);
     if (lane->pinned > lane->out || lane->out > lane->matching || lane->reserved > lane->matching)
         broken("a lane counts wrong");
-    bool ready = lane->cap ? lane->count > 0 && !lane->pinned : lane->senders.head != NULL;
+    bool ready = lane->cap ? netchan__held(lane) > 0 && !lane->pinned : lane->senders.head != NULL;
     if (lane->is_direct) ready = false;
     if (lane->is_ready != ready && !lane->closing) broken("a lane is listed wrong");
 }
@@ -1827,8 +1827,8 @@ static bool may_wait(const netchan__waiter *w, const netchan_value *v, size_t si
 static void check_pairs(const netchan__lane *lane) {
     for (const netchan__waiter *r = lane->ch->receivers.head; r; r = r->next) {
         bool idle = is_idle(r) && (r->op || !r->peer->down) && !(lane->is_direct && r->peer != lane->only);
-        const netchan__slot *first = &lane->slots[lane->first];
-        if (idle && lane->cap && lane->count && !lane->pinned && !may_wait(r, &first->value, first->size))
+        const netchan__slot *first = netchan__front(lane);
+        if (idle && lane->cap && netchan__held(lane) && !lane->pinned && !may_wait(r, &first->value, first->size))
             broken("a value and a receiver were left");
         for (const netchan__waiter *s = lane->senders.head; s && idle && !lane->cap && !lane->closing; s = s->next)
             if (is_idle(s) && !netchan__same_op(s, r) && netchan__can_ask(s) && !may_wait(r, &s->value, s->size))
@@ -1878,10 +1878,10 @@ static void check_listener(const port *p) {
     for (const netchan__lane *l = p->hub.link.recv->lanes; l; l = l->next) orphans += l->orphaned;
     if (orphans != p->hub.orphans)
         broken("%zu lanes of lost peers are counted, there are %zu", p->hub.orphans, orphans);
-    uint64_t all = p->send->sent + p->send->unknown, told = taken + lane->count + lane->out + p->unknown;
+    uint64_t all = p->send->sent + p->send->unknown, told = taken + netchan__held(lane) + lane->out + p->unknown;
     if (all != told)
         broken("%s: %llu values were sent, and %llu are counted: %llu taken, %llu unknown, %zu in the buffer",
-               describe(p->send), (ull)all, (ull)told, (ull)taken, (ull)p->unknown, lane->count + lane->out);
+               describe(p->send), (ull)all, (ull)told, (ull)taken, (ull)p->unknown, netchan__held(lane) + lane->out);
     if (taken > p->send->taken)
         broken("%llu values of %s count as taken, and %llu are", (ull)taken, describe(p->send), (ull)p->send->taken);
     if (p->hub.stats.values_sent != taken)
@@ -2108,7 +2108,7 @@ static void check_peers(const port *p) {
     if (home->work->closed && !p->recv->ch->closed) broken("CLOSED did not arrive at %s", describe(p->recv));
     if (home->shipping || dialler->shipping)
         broken("%zu and %zu bytes stay counted as being shipped", home->shipping, dialler->shipping);
-    if (lane && lane->cap && !lane->count && ch->lane.senders.head)
+    if (lane && lane->cap && !netchan__held(lane) && ch->lane.senders.head)
         broken("a sender at %s waits for an empty buffer", describe(p->send));
 }
 
@@ -2123,12 +2123,12 @@ static void check_channels(void) {
         for (const netchan__lane *lane = !p->ch || p->ch->is_end ? NULL : p->ch->lanes; lane; lane = lane->next) {
             if (lane->out || lane->reserved || lane->pinned || lane->matching)
                 broken("a lane of %s is not at rest", describe(p));
-            if ((p->kind == MERGE || p->kind == OWN_RECV) && lane->closing && !lane->count)
+            if ((p->kind == MERGE || p->kind == OWN_RECV) && lane->closing && !netchan__held(lane))
                 broken("a lane that is closed and empty is left");
         }
         if (!p->ch || p->ch->is_end || !p->ch->closing || p->ch->gone || p->kind == DIRECT) continue;
         if (p->ch->closed != netchan__is_empty(p->ch))
-            broken("%s is closed, and %zu values are left", describe(p), p->ch->lane.count);
+            broken("%s is closed, and %zu values are left", describe(p), netchan__held(&p->ch->lane));
     }
 }
 
@@ -2170,8 +2170,8 @@ static void mark_all(void) {
         be(p->node);
         if (p->ch->is_end) mark_detached(p);
         for (const netchan__lane *lane = p->ch->is_end ? NULL : p->ch->lanes; lane; lane = lane->next)
-            for (size_t j = 0; j < lane->count; j++) {
-                const netchan__slot *at = &lane->slots[(lane->first + j) & (lane->room - 1)];
+            for (size_t j = 0; j < netchan__held(lane); j++) {
+                const netchan__slot *at = netchan__slot_at(lane, lane->first + j);
                 mark_present(&at->value, p, at->redelivered);
             }
     }
@@ -2391,9 +2391,10 @@ static bool is_reachable(const place *p) {
     const netchan__lane *lane = &p->ch->lane;
     if (p->kind == LOCAL) return true;
     if (world.plan.max_ends && p->kind == DIRECT) return false;
-    if (world.plan.max_ends && lane->count && netchan__has_ends(&lane->slots[lane->first].value)) return false;
+    if (world.plan.max_ends && netchan__held(lane) && netchan__has_ends(&netchan__front(lane)->value)) return false;
     if (p->kind == END_SEND) return p->port->hub.session != NULL;
-    if (lane->count && lane->slots[lane->first].size > NETCHAN__FRAGMENT) return false; /* larger than its peers take */
+    if (netchan__held(lane) && netchan__front(lane)->size > NETCHAN__FRAGMENT)
+        return false; /* larger than its peers take */
     for (const netchan__session *s = p->port->hub.sessions; s; s = s->next) {
         const netchan__session *other = other_session(s);
         if (p->kind == DIRECT ? s->peer.number != p->to : s->peer.work != p->ch) continue;

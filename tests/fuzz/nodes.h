@@ -591,10 +591,10 @@ static inline void act(port *p, unsigned what, input *in) {
 /* --- invariants --------------------------------------------------------------------------------------------------- */
 
 static inline void check_lane(const netchan__lane *lane) {
-    CHECK(lane->count + lane->out + lane->reserved + lane->lent <= lane->cap);
+    CHECK(netchan__held(lane) + lane->out + lane->reserved + lane->lent <= lane->cap);
     CHECK(lane->pinned <= lane->out && lane->out <= lane->matching && lane->reserved <= lane->matching);
     CHECK(lane->closing || lane->is_direct ||
-          lane->is_ready == (lane->cap ? lane->count > 0 && !lane->pinned : lane->senders.head != NULL));
+          lane->is_ready == (lane->cap ? netchan__held(lane) > 0 && !lane->pinned : lane->senders.head != NULL));
 }
 
 static inline void check_sessions(const netchan__hub *h) {
