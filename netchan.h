@@ -1545,6 +1545,11 @@ static netchan_value netchan__copy_value(const netchan_value *v, uint8_t **at) {
 static int netchan__copy_measured(netchan_value *to, const netchan_value *from, const netchan__measure *m) {
     uint8_t *block = NULL;
     *to = netchan__nil_value;
+    if (!netchan__is_block(from) && !netchan__has_children(from) && !m->channels) { /* a number, most often */
+        *to = *from;
+        to->flags = 0;
+        return NETCHAN_OK;
+    }
     if (m->block && !(block = (uint8_t *)NETCHAN_MALLOC(m->block))) return netchan__fail_memory("copying a value");
     uint8_t *at = block;
     netchan_value copy = netchan__copy_value(from, &at);
@@ -1912,10 +1917,12 @@ NETCHAN__SMALL_END
  * home has one lane, or, when it merges what many peers send, one lane per peer. A lane is a buffer with its waiting
  * senders.
  *
- * Locks. A channel starts with a mutex of its own. From the first time that it meets another process, or a select that
- * does, its lock is netchan__net_lock, for good, together with all channels of all operations that wait on it. So an
- * operation is either wholly under netchan__net_lock ("net") or not at all. Order: netchan__net_lock, then own mutexes
- * by address, then an operation's mutex.
+ * Locks. A channel starts with a lock of its own, of two mutexes: who puts a value into its buffer, or takes one out,
+ * with nobody waiting, has one of them and does not meet the other side; all else is
+ * done with both. From the first time that it meets another process, or a select that does, its lock is
+ * netchan__net_lock, for good, together with all channels of all operations that wait on it. So an operation is either
+ * wholly under netchan__net_lock ("net") or not at all. Order: netchan__net_lock, then own locks by address, of each
+ * the receivers' first, then an operation's mutex.
  *
  * Invariants.
  *   I1  An operation leaves OPEN once: by compare-and-swap, as several own mutexes may reach it. Outside net it goes to
@@ -1926,6 +1933,8 @@ NETCHAN__SMALL_END
  *       filled, credit.
  *   I4  Values of one lane leave in the order in which they entered: while a value is out on a claim that can be
  *       declined, no other goes; and what comes back takes its old place.
+ *   I5  Of a channel with a lock of its own, senders alone change lane.last, entered and came, and receivers alone
+ *       lane.first and went (Lamport 1983); is_ready is right while both mutexes are had.
  * ================================================================================================================== */
 
 typedef struct netchan__op netchan__op;
@@ -1941,6 +1950,9 @@ enum { NETCHAN__FRAME_MAX = 16384, NETCHAN__FRAGMENT = NETCHAN__FRAME_MAX - 128 
 /* How much larger a value may be in memory than on the wire: a nil in an array is one byte there and a netchan_value
  * here. */
 enum { NETCHAN__SWELL = 24 };
+
+/* Of x86 and most ARM; where they are longer, only time is lost. */
+enum { NETCHAN__CACHE_LINE = 64 };
 
 enum netchan__op_state {
     NETCHAN__OPEN,      /* any case may happen */
@@ -2085,17 +2097,27 @@ struct netchan__lane {
     bool returning;  /* this side hangs up: what is in the buffer goes back to the peer */
     netchan__lane *next_changed;
     bool is_changed;
-    size_t last;      /* the next value that enters has slot last % room */
+    char apart[NETCHAN__CACHE_LINE]; /* what senders write is in other cache lines than what receivers write */
+    size_t last;      /* atomic in senders' hands. The next value that enters has slot last % room */
+    size_t seen_first; /* a sender's: first was at least that */
     uint64_t entered; /* values, ever */
     size_t came;      /* how much values occupied that entered the buffer, in bytes, modulo */
-    size_t first;     /* the next value that leaves has slot first % room */
+    char further[NETCHAN__CACHE_LINE];
+    size_t first;     /* atomic in receivers' hands. The next value that leaves has slot first % room */
+    size_t seen_last; /* a receiver's: last was at least that; or it is behind first */
     size_t went;      /* likewise of those that left */
     size_t left;      /* values that left since the peer was told */
 };
 
+/* Of one channel. */
+typedef struct netchan__own_lock {
+    pthread_mutex_t receiving; /* first: it stands for both */
+    char apart[NETCHAN__CACHE_LINE];
+    pthread_mutex_t sending;
+} netchan__own_lock;
+
 struct netchan {
-    pthread_mutex_t *lock; /* atomic; own, later netchan__net_lock */
-    pthread_mutex_t own;
+    pthread_mutex_t *lock; /* atomic; own.receiving, later netchan__net_lock */
     size_t refs; /* atomic */
     unsigned forks; /* before it was made; constant */
     bool may_send, may_receive;
@@ -2134,6 +2156,7 @@ struct netchan {
     size_t largest, largest_memory; /* of the values sent with OK: bytes on the wire, and here */
     size_t in_flight_bytes;         /* on the wire, of those in flight, at most */
     bool close_sent;
+    netchan__own_lock own;
 };
 
 /* Two parties of one channel that are being brought together. At home, net. */
@@ -2380,7 +2403,7 @@ static bool netchan__lane_room(netchan__lane *lane) {
     NETCHAN_FREE(lane->slots);
     lane->slots = slots;
     lane->room = room;
-    lane->first = 0;
+    lane->first = lane->seen_first = lane->seen_last = 0;
     lane->last = count;
     return true;
 }
@@ -2596,13 +2619,24 @@ struct netchan__export {
 enum { NETCHAN__YOURS = 2, NETCHAN__FAR = 4, NETCHAN__IS_CLOSING = 8, NETCHAN__IS_CLOSED = 16, NETCHAN__IS_GONE = 32 };
 enum { NETCHAN__FIRST_EXPORT = 2 }; /* 0 and 1 are the channels of the link */
 
+static void netchan__lock_own(netchan *ch) {
+    pthread_mutex_lock(&ch->own.receiving);
+    pthread_mutex_lock(&ch->own.sending);
+    netchan__update_ready(&ch->lane); /* I5 */
+}
+
+static void netchan__unlock_own(netchan *ch) {
+    pthread_mutex_unlock(&ch->own.sending);
+    pthread_mutex_unlock(&ch->own.receiving);
+}
+
 /* Puts a channel under netchan__net_lock, with all channels of all operations that wait on it. Caller holds
  * netchan__net_lock. */
 static void netchan__adopt(netchan *ch) {
     if (netchan__is_net(ch)) return;
-    pthread_mutex_lock(&ch->own); /* who is inside leaves first */
+    netchan__lock_own(ch); /* who is inside leaves first */
     __atomic_store_n(&ch->lock, &netchan__net_lock, __ATOMIC_RELEASE);
-    pthread_mutex_unlock(&ch->own);
+    netchan__unlock_own(ch);
     netchan__queue *queues[2] = {&ch->lane.senders, &ch->receivers};
     for (int q = 0; q < 2; q++) {
         for (netchan__waiter *w = queues[q]->head; w; w = w->next) {
@@ -5022,6 +5056,7 @@ static void netchan__check_claims(uint64_t now) {
     }
 }
 
+static bool netchan__is_dead(void);
 static bool netchan__bury(void);
 
 /* Works off what the last steps set free, until nothing more can happen (I2). Caller holds netchan__net_lock. */
@@ -5054,7 +5089,7 @@ static void netchan__settle(void) {
             netchan__fill(lane);
             if (lane->is_ready) netchan__mark_dirty(lane->ch);
             if (lane->closing && !lane->is_changed) netchan__retire_lane(lane);
-        } else if (!netchan__bury()) return;
+        } else if (!netchan__is_dead() || !netchan__bury()) return;
     }
 }
 
@@ -5323,6 +5358,9 @@ static pthread_mutex_t *netchan__lock_of(netchan *ch) { return __atomic_load_n(&
 static pthread_mutex_t netchan__dead_lock = PTHREAD_MUTEX_INITIALIZER;
 static netchan *netchan__dead;
 
+/* Is there one? */
+static bool netchan__is_dead(void) { return __atomic_load_n(&netchan__dead, __ATOMIC_SEQ_CST) != NULL; }
+
 /* The loop is to go round once more, whoever runs it. A caller that is at it looks before it leaves. */
 static void netchan__wake_loop(void) {
     if (netchan__net.runner == NETCHAN__CALLER && !netchan__net.polling) return;
@@ -5339,19 +5377,26 @@ static void netchan__wake_loop(void) {
 static bool netchan__push_out(void);
 static void netchan__run_loop(netchan__op *op, uint64_t deadline);
 
+/* The channel whose own lock it is. */
+static netchan *netchan__owner_of(pthread_mutex_t *lock) {
+    return (netchan *)(void *)((char *)lock - offsetof(netchan, own.receiving));
+}
+
 static void netchan__give_back(pthread_mutex_t *lock) {
-    if (lock == &netchan__net_lock) {
-        netchan__settle();
-        if (netchan__net.pending) netchan__push_out();
-        if (netchan__net.wake) netchan__wake_loop();
+    if (lock != &netchan__net_lock) {
+        netchan__unlock_own(netchan__owner_of(lock));
+        return;
     }
+    netchan__settle();
+    if (netchan__net.pending) netchan__push_out();
+    if (netchan__net.wake) netchan__wake_loop();
     pthread_mutex_unlock(lock);
 }
 
 /* Who lets go of a channel while another thread has the lock leaves it to that thread: it looks after it has given the
  * lock back. */
 static void netchan__bury_rest(void) {
-    while (__atomic_load_n(&netchan__dead, __ATOMIC_SEQ_CST) && pthread_mutex_trylock(&netchan__net_lock) == 0) {
+    while (netchan__is_dead() && pthread_mutex_trylock(&netchan__net_lock) == 0) {
         netchan__give_back(&netchan__net_lock);
         netchan__wake_finished();
     }
@@ -5407,13 +5452,31 @@ static void netchan__take_lock(pthread_mutex_t *lock) {
     pthread_mutex_lock(lock);
 }
 
+/* All of a channel's lock. */
+static void netchan__take_whole(pthread_mutex_t *lock) {
+    netchan__take_lock(lock);
+    if (lock != &netchan__net_lock) netchan__take_lock(&netchan__owner_of(lock)->own.sending);
+}
+
 static pthread_mutex_t *netchan__lock_channel(netchan *ch) {
     for (;;) {
         pthread_mutex_t *lock = netchan__lock_of(ch);
-        netchan__take_lock(lock);
-        if (lock == netchan__lock_of(ch)) return lock;
-        pthread_mutex_unlock(lock);
+        netchan__take_whole(lock);
+        if (lock == netchan__lock_of(ch)) {
+            if (lock != &netchan__net_lock) netchan__update_ready(&ch->lane); /* I5 */
+            return lock;
+        }
+        netchan__give_back(lock);
     }
+}
+
+/* Takes one mutex of a channel's own lock. Returns false when it has no lock of its own. */
+static bool netchan__lock_side(netchan *ch, pthread_mutex_t *side) {
+    if (netchan__is_net(ch)) return false;
+    netchan__take_lock(side);
+    if (!netchan__is_net(ch)) return true;
+    pthread_mutex_unlock(side);
+    return false;
 }
 
 /* The mutexes of all channels of an operation, sorted, each once. */
@@ -5458,15 +5521,18 @@ static void netchan__unlock_all(netchan__locks *locks) {
 static void netchan__lock_all(netchan__op *op, netchan__locks *locks) {
     for (;;) {
         bool net = netchan__collect_locks(op, locks), same = true;
-        for (size_t i = 0; i < locks->count; i++) netchan__take_lock(locks->items[i]);
+        for (size_t i = 0; i < locks->count; i++) netchan__take_whole(locks->items[i]);
         if (net) {
             for (size_t i = 0; i < op->count; i++)
                 if (op->waiters[i].ch) netchan__adopt(op->waiters[i].ch);
             op->net = true;
             return;
         }
-        for (size_t i = 0; i < op->count; i++)
-            if (op->waiters[i].ch && netchan__is_net(op->waiters[i].ch)) same = false;
+        for (size_t i = 0; i < op->count; i++) {
+            if (!op->waiters[i].ch) continue;
+            if (netchan__is_net(op->waiters[i].ch)) same = false;
+            else netchan__update_ready(&op->waiters[i].ch->lane); /* I5 */
+        }
         if (same) return;
         netchan__unlock_all(locks);
     }
@@ -5854,19 +5920,72 @@ static bool netchan__emit_quickly(netchan *ch, const netchan_value *v, const net
     return netchan__emit_data(ch, v, m->wire, m->block);
 }
 
-static bool netchan__send_quickly(netchan *ch, netchan_value *v) {
-    enum { MOST = 4096 }; /* bytes that may be copied in vain */
-    netchan__measure m = {0, 0, false};
-    netchan_value copy = *v;
-    if (!ch || netchan__is_inherited(ch) || !ch->may_send) return false;
-    bool is_end = ch->is_end; /* who receives the value may free the channel at once */
-    if (netchan__measure_value(v, 0, &m) != NETCHAN_OK || m.channels || (!is_end && m.block > MOST)) return false;
-    if (!is_end && (!ch->lane.cap || netchan__copy_measured(&copy, v, &m) != NETCHAN_OK)) return false;
+/* What a short cut of one side came to, with its mutex alone. MEETS: it takes both, as somebody waits, there is no
+ * buffer, or it has to grow. */
+enum netchan__quick { NETCHAN__FAILS, NETCHAN__DOES, NETCHAN__MEETS };
+
+/* Into the buffer of a channel with a lock of its own, of which senders' is had. The value is moved. */
+static enum netchan__quick netchan__put_alone(netchan *ch, netchan_value *v, const netchan__measure *m) {
+    netchan__lane *lane = &ch->lane;
+    size_t most = lane->cap < lane->room ? lane->cap : lane->room;
+    if (ch->closing || lane->senders.head) return NETCHAN__FAILS;
+    if (ch->receivers.head) return NETCHAN__MEETS;
+    if (lane->last - lane->seen_first >= most) lane->seen_first = __atomic_load_n(&lane->first, __ATOMIC_ACQUIRE);
+    if (lane->last - lane->seen_first >= most) return lane->room < lane->cap ? NETCHAN__MEETS : NETCHAN__FAILS;
+    netchan__lane_push(lane, v, m->wire, m->block, 0);
+    return NETCHAN__DOES;
+}
+
+/* To who waits for it first, in such a channel, of which all is had. The value is moved. */
+static bool netchan__give_quickly(netchan *ch, netchan_value *v) {
+    netchan__waiter *r = ch->receivers.head;
+    if (!r || ch->closing || ch->lane.senders.head || netchan__held(&ch->lane)) return false;
+    if (!netchan__change_state(r->op, NETCHAN__OPEN, NETCHAN__ENGAGED)) return false;
+    netchan__dequeue(r);
+    netchan__finish_receive(r, v, 0, false);
+    return true;
+}
+
+/* At home. The value is moved. */
+static bool netchan__put(netchan *ch, netchan_value *v, const netchan__measure *m) {
+    enum netchan__quick way = NETCHAN__MEETS;
+    if (ch->lane.cap && netchan__lock_side(ch, &ch->own.sending)) {
+        way = netchan__put_alone(ch, v, m);
+        pthread_mutex_unlock(&ch->own.sending); /* who has received the value may free the channel now */
+    }
+    if (way != NETCHAN__MEETS) return way == NETCHAN__DOES;
     pthread_mutex_t *lock = netchan__lock_channel(ch);
-    bool done = is_end ? netchan__emit_quickly(ch, v, &m) : netchan__put_quickly(ch, &copy, &m);
+    bool done = (lock != &netchan__net_lock && netchan__give_quickly(ch, v)) || netchan__put_quickly(ch, v, m);
     netchan__unlock_one(lock);
-    if (!is_end) netchan_clear(&copy);
     return done;
+}
+
+/* Measures the value. Returns whether a short cut may be tried. */
+static bool netchan__is_simple(netchan *ch, const netchan_value *v, netchan__measure *m) {
+    enum { MOST = 4096 }; /* bytes that may be copied in vain */
+    memset(m, 0, sizeof *m);
+    if (!ch || netchan__is_inherited(ch) || !ch->may_send) return false;
+    if (netchan__measure_value(v, 0, m) != NETCHAN_OK || m->channels) return false;
+    return ch->is_end || m->block <= MOST;
+}
+
+/* Sends such a value. */
+static bool netchan__send_simple(netchan *ch, const netchan_value *v, const netchan__measure *m) {
+    netchan_value copy = *v;
+    if (!ch->is_end) {
+        bool done = netchan__copy_measured(&copy, v, m) == NETCHAN_OK && netchan__put(ch, &copy, m);
+        netchan_clear(&copy); /* but ch may be gone: who received the value may free it at once */
+        return done;
+    }
+    pthread_mutex_t *lock = netchan__lock_channel(ch);
+    bool done = netchan__emit_quickly(ch, v, m);
+    netchan__unlock_one(lock);
+    return done;
+}
+
+static bool netchan__send_quickly(netchan *ch, const netchan_value *v) {
+    netchan__measure m;
+    return netchan__is_simple(ch, v, &m) && netchan__send_simple(ch, v, &m);
 }
 
 /* Takes the next value out of a buffer. */
@@ -5889,27 +6008,88 @@ static bool netchan__may_retry(netchan *ch, int timeout_ms) {
     return ch && timeout_ms && !ch->is_end && !netchan__is_net(ch) && ch->lane.cap && netchan__may_spin();
 }
 
+/* Out of the buffer of a channel with a lock of its own, of which receivers' is had. */
+static enum netchan__quick netchan__take_alone(netchan *ch, netchan__slot *slot) {
+    netchan__lane *lane = &ch->lane;
+    if (ch->closing || ch->receivers.head) return NETCHAN__FAILS;
+    if (lane->senders.head) return NETCHAN__MEETS;
+    if (lane->seen_last - lane->first - 1 >= lane->room) { /* none, or first has gone by */
+        lane->seen_last = __atomic_load_n(&lane->last, __ATOMIC_ACQUIRE);
+        if (lane->first == lane->seen_last) return NETCHAN__FAILS;
+    }
+    *slot = netchan__lane_pop(lane);
+    return NETCHAN__DOES;
+}
+
+/* From who waits first in such a channel, of which all is had; or from its buffer, where that one's value enters. */
+static bool netchan__take_from_sender(netchan *ch, netchan__slot *slot) {
+    netchan__lane *lane = &ch->lane;
+    netchan__waiter *s = lane->senders.head;
+    if (!s || ch->closing || ch->receivers.head) return false;
+    if (!netchan__change_state(s->op, NETCHAN__OPEN, NETCHAN__ENGAGED)) return false;
+    if (netchan__held(lane)) {
+        *slot = netchan__lane_pop(lane);
+        netchan__lane_push(lane, &s->value, s->size, s->memory, 0);
+    } else {
+        slot->value = s->value;
+        slot->from = 0;
+        s->value = netchan__nil_value;
+    }
+    netchan__dequeue(s);
+    netchan__update_ready(lane);
+    netchan__finish_sender(s, NETCHAN_OK, 0);
+    return true;
+}
+
+/* At home. */
+static bool netchan__take(netchan *ch, netchan__slot *slot) {
+    enum netchan__quick way = NETCHAN__MEETS;
+    if (ch->lane.cap && netchan__lock_side(ch, &ch->own.receiving)) {
+        way = netchan__take_alone(ch, slot);
+        pthread_mutex_unlock(&ch->own.receiving);
+    }
+    if (way != NETCHAN__MEETS) return way == NETCHAN__DOES;
+    pthread_mutex_t *lock = netchan__lock_channel(ch);
+    bool done = lock == &netchan__net_lock ? netchan__take_quickly(ch, slot) : netchan__take_from_sender(ch, slot);
+    netchan__unlock_one(lock);
+    return done;
+}
+
+/* To where the receive wants its value. */
+static void netchan__pass_on(const netchan_case *c, netchan_value *v) {
+    if (c->into) *c->into = *v;
+    else netchan_clear(v);
+}
+
 static bool netchan__receive_quickly(netchan_case *c) {
     netchan *ch = c->ch;
     netchan__slot slot;
     if (!ch || netchan__is_inherited(ch) || !ch->may_receive || ch->is_end) return false;
-    pthread_mutex_t *lock = netchan__lock_channel(ch);
-    bool done = netchan__take_quickly(ch, &slot);
-    netchan__unlock_one(lock);
-    if (!done) return false;
+    if (!netchan__take(ch, &slot)) return false;
     c->peer.id = slot.from;
-    if (c->into) *c->into = slot.value;
-    else netchan_clear(&slot.value);
+    netchan__pass_on(c, &slot.value);
     return true;
 }
 
+/* Lets the other side get several things done, before this call waits in the queue of a channel of this process. */
+static bool netchan__send_soon(netchan *ch, const netchan_value *v, const netchan__measure *m) {
+    bool sent = false;
+    for (int pauses = 0; !sent && netchan__back_off(&pauses);) sent = netchan__send_simple(ch, v, m);
+    return netchan__note_spin(sent);
+}
+
+/* The same for a receive. */
+static bool netchan__receive_soon(netchan_case *c) {
+    bool done = false;
+    for (int pauses = 0; !done && netchan__back_off(&pauses);) done = netchan__receive_quickly(c);
+    return netchan__note_spin(done);
+}
+
 NETCHANDEF int netchan_send(netchan *ch, netchan_value v, int timeout_ms) {
-    if (netchan__send_quickly(ch, &v)) return NETCHAN_OK;
-    if (netchan__may_retry(ch, timeout_ms)) {
-        bool sent = false;
-        for (int pauses = 0; !sent && netchan__back_off(&pauses);) sent = netchan__send_quickly(ch, &v);
-        if (netchan__note_spin(sent)) return NETCHAN_OK;
-    }
+    netchan__measure m;
+    bool simple = netchan__is_simple(ch, &v, &m);
+    if (simple && netchan__send_simple(ch, &v, &m)) return NETCHAN_OK;
+    if (simple && netchan__may_retry(ch, timeout_ms) && netchan__send_soon(ch, &v, &m)) return NETCHAN_OK;
     netchan_case c = netchan_case_send(ch, v);
     return netchan__operate_one(&c, 0, timeout_ms);
 }
@@ -5921,10 +6101,7 @@ NETCHANDEF int netchan_recv(netchan *ch, netchan_value *v, int timeout_ms) {
 NETCHANDEF int netchan_recvfrom(netchan *ch, netchan_value *v, netchan_peer *from, int timeout_ms) {
     netchan_case c = netchan_case_recv(ch, v);
     bool done = netchan__receive_quickly(&c);
-    if (!done && netchan__may_retry(ch, timeout_ms)) {
-        for (int pauses = 0; !done && netchan__back_off(&pauses);) done = netchan__receive_quickly(&c);
-        netchan__note_spin(done);
-    }
+    if (!done && netchan__may_retry(ch, timeout_ms)) done = netchan__receive_soon(&c);
     int result = done ? NETCHAN_OK : netchan__operate_one(&c, 0, timeout_ms);
     if (from) *from = c.peer;
     return result;
@@ -6044,8 +6221,9 @@ NETCHANDEF netchan *netchan_make(size_t capacity) {
         netchan__fail_memory("netchan_make");
         return NULL;
     }
-    pthread_mutex_init(&ch->own, NULL);
-    ch->lock = &ch->own;
+    pthread_mutex_init(&ch->own.receiving, NULL);
+    pthread_mutex_init(&ch->own.sending, NULL);
+    ch->lock = &ch->own.receiving;
     ch->refs = 1;
     ch->forks = netchan__forks;
     ch->may_send = ch->may_receive = true;
@@ -6071,7 +6249,10 @@ static void netchan__destroy(netchan *ch) {
     netchan__lane_clear(&ch->lane);
     while (ch->lanes && ch->lanes != &ch->lane) netchan__free_lane(ch->lanes);
     netchan__buf_free(&ch->returning);
-    pthread_mutex_destroy(&ch->own);
+    netchan__lock_own(ch); /* whoever gave away its last value, or took it, leaves first */
+    netchan__unlock_own(ch);
+    pthread_mutex_destroy(&ch->own.receiving);
+    pthread_mutex_destroy(&ch->own.sending);
     NETCHAN_FREE(ch);
 }
 

@@ -485,6 +485,42 @@ static void test_a_select_mixes_ends_and_local_channels(void) {
     part(&p);
 }
 
+typedef struct looker {
+    netchan *ch;
+    bool stop; /* atomic */
+} looker;
+
+static void *look_all_the_time(void *arg) {
+    looker *w = (looker *)arg;
+    while (!__atomic_load_n(&w->stop, __ATOMIC_RELAXED)) CHECK(netchan_len(w->ch) <= netchan_cap(w->ch));
+    return NULL;
+}
+
+/* A channel comes under another lock when its first end is given away. Who waits for its own lock just then has nothing
+ * to do with it any more. */
+static void test_a_channel_is_given_away_while_it_is_used(void) {
+    enum { ROUNDS = FEWER > 1 ? 100 : 500, LOOKERS = 3, VALUES = 8 };
+    pair p = join(0, 0);
+    for (int round = 0; round < ROUNDS; round++) {
+        looker w = {netchan_make(2), false};
+        pthread_t threads[LOOKERS];
+        CHECK(w.ch);
+        for (int i = 0; i < LOOKERS; i++) threads[i] = test_start(look_all_the_time, &w);
+        CHECK_INT(netchan_send(w.ch, netchan_int(0), LONG), NETCHAN_OK);
+        netchan *end = pass_end(way_of(&p, round & 1), netchan_receiver(w.ch));
+        for (int i = 1; i < VALUES; i++) {
+            CHECK_INT(netchan_send(w.ch, netchan_int(i), LONG), NETCHAN_OK);
+            CHECK_INT(recv_int(end), i - 1);
+        }
+        CHECK_INT(recv_int(end), VALUES - 1);
+        __atomic_store_n(&w.stop, true, __ATOMIC_RELAXED);
+        for (int i = 0; i < LOOKERS; i++) test_join(threads[i]);
+        netchan_free(end);
+        netchan_free(w.ch);
+    }
+    part(&p);
+}
+
 /* With NOWAIT it finds who waits already on the other side, with a timeout or without, or in a select. */
 static void test_a_select_that_does_not_wait(void) {
     pair p = join(0, 0);
@@ -2569,7 +2605,7 @@ static void test_a_large_value_does_not_delay_a_small_one(void) {
 
 int main(int argc, char **argv) {
     static const test_entry tests[] = {
-        TEST(a_select_mixes_ends_and_local_channels),
+        TEST(a_select_mixes_ends_and_local_channels), TEST(a_channel_is_given_away_while_it_is_used),
         TEST(a_select_that_does_not_wait),
         TEST(many_threads_select_against_each_other),
         TEST(two_selects_offer_to_each_other),
