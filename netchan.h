@@ -8152,9 +8152,10 @@ static uint64_t netchan__check_resume(netchan__session *s, uint64_t now) {
 
 /* Ends the sessions whose time is up or whose peer broke the protocol. Returns when to look again, in nanoseconds. */
 static uint64_t netchan__hub_tick(netchan__hub *h, uint64_t now) {
-    uint64_t next = UINT64_MAX;
     netchan__session *following;
     netchan__show_next(h);
+    bool starves = h->first_new && !h->shut && netchan__is_empty(h->link.accept); /* it is tried again */
+    uint64_t next = starves ? now + (uint64_t)h->options.ping_ms * 1000000u : UINT64_MAX;
     for (netchan__session *s = h->sessions; s; s = following) {
         following = s->next;
         uint64_t at = UINT64_MAX;
@@ -9346,6 +9347,8 @@ NETCHAN__SMALL_END
  *       for NETCHAN__SPIN_US after there was something, if that is of use, and then sleeps.
  *   R4  polls[i] and watched[i] stand for what has slot i: first the wake-up pipe, then connections that had something
  *       lately, then the rest, which under load is looked at less often.
+ *   R5  Each connection and each endpoint has an alarm, which rings when it is to be looked at: nobody looks at those
+ *       whose time has not come, unless something may be wrong with any of them (netchan__look()).
  *
  * A stranger is a connection that was not greeted yet. Invariants.
  *   L1  A listener has about NETCHAN__HANDSHAKES_MAX strangers at most, each of them for NETCHAN__HANDSHAKE_MS at most.
@@ -9399,7 +9402,15 @@ enum netchan__conn_state { NETCHAN__CONNECTING, NETCHAN__HANDSHAKING, NETCHAN__S
 typedef struct netchan__endpoint netchan__endpoint;
 typedef struct netchan__conn netchan__conn;
 
-/* One connection. I/O thread, but for the wire, which is net. */
+/* When to look at something (R5): a place in a heap. Net. */
+typedef struct netchan__alarm {
+    uint64_t at;  /* nanoseconds; UINT64_MAX: never */
+    size_t place; /* from 1; 0: in none */
+    netchan__conn *conn;         /* one of both */
+    netchan__endpoint *endpoint;
+} netchan__alarm;
+
+/* One connection. I/O thread, but for the wire and the alarm, which are net. */
 struct netchan__conn {
     netchan__conn *next, *prev;
     netchan__endpoint *endpoint;
@@ -9415,6 +9426,7 @@ struct netchan__conn {
     bool more;         /* there may be more to send */
     unsigned active;   /* so many times all are looked at before it is no more among those that had something */
     size_t slot;       /* see R4 */
+    netchan__alarm alarm;
     uint64_t deadline; /* nanoseconds; until it was greeted, or for the last words */
     uint64_t answered_at; /* likewise */
 };
@@ -9444,6 +9456,7 @@ struct netchan__endpoint {
     netchan__endpoint *next_soon;  /* in netchan__io.soon */
     netchan__endpoint *next_listener;
     size_t slot;                   /* listening: see R4; 0: not polled yet. I/O thread */
+    netchan__alarm alarm;
     pthread_cond_t changed; /* with netchan__net_lock */
     char address[300];
 };
@@ -9458,9 +9471,10 @@ typedef struct netchan__watched {
 static struct netchan__io_state {
     netchan__endpoint *endpoints, *listeners; /* listeners: those that are polled */
     netchan__endpoint *soon; /* those to look at in the next round */
-    netchan__conn *conns; /* who runs the loop, as what follows up to next_check */
-    uint64_t next_tick;   /* when to look at all deadlines again */
+    netchan__conn *conns; /* who runs the loop, as next_check */
     uint64_t next_check;  /* when to look at all claims again */
+    netchan__alarm **alarms; /* from 1: no one's is before that at half its place */
+    size_t alarm_count, alarm_room;
     int wake_read;
     bool stop;
     size_t links;     /* under netchan__control_lock */
@@ -9487,8 +9501,6 @@ static struct netchan__io_state {
 static pthread_mutex_t netchan__control_lock = PTHREAD_MUTEX_INITIALIZER;
 
 static uint64_t netchan__after(uint64_t now, uint64_t ms) { return now + ms * 1000000u; }
-
-static void netchan__tick_before(uint64_t time) { if (time < netchan__io.next_tick) netchan__io.next_tick = time; }
 
 /* The endpoint is looked at in the next round. */
 static void netchan__soon(netchan__endpoint *e) {
@@ -9528,6 +9540,63 @@ static void netchan__write_logs(void) {
         NETCHAN_FREE(line);
     }
     pthread_mutex_lock(&netchan__net_lock);
+}
+
+/* ---- Alarms (R5): a binary heap (Williams 1964). ---- */
+
+static void netchan__alarm_put(size_t place, netchan__alarm *a) {
+    netchan__io.alarms[place] = a;
+    a->place = place;
+}
+
+/* Lets it ring then. */
+static void netchan__alarm_set(netchan__alarm *a, uint64_t at) {
+    netchan__alarm **heap = netchan__io.alarms;
+    size_t i = a->place, count = netchan__io.alarm_count;
+    a->at = at;
+    for (; i > 1 && heap[i / 2]->at > at; i /= 2) netchan__alarm_put(i, heap[i / 2]);
+    for (size_t next; (next = 2 * i) <= count; i = next) {
+        if (next < count && heap[next + 1]->at < heap[next]->at) next++;
+        if (heap[next]->at >= at) break;
+        netchan__alarm_put(i, heap[next]);
+    }
+    netchan__alarm_put(i, a);
+}
+
+/* Lets it ring then at the latest. */
+static void netchan__alarm_by(netchan__alarm *a, uint64_t at) { if (at < a->at) netchan__alarm_set(a, at); }
+
+/* Returns false when out of memory. */
+static bool netchan__alarm_add(netchan__alarm *a, netchan__conn *c, netchan__endpoint *e) {
+    size_t count = netchan__io.alarm_count + 1;
+    if (count >= netchan__io.alarm_room) {
+        size_t room = 2 * count;
+        netchan__alarm **heap = (netchan__alarm **)netchan__alloc(room * sizeof(netchan__alarm *));
+        if (!heap) return false;
+        if (netchan__io.alarms) memcpy(heap, netchan__io.alarms, count * sizeof(netchan__alarm *));
+        NETCHAN_FREE(netchan__io.alarms);
+        netchan__io.alarms = heap;
+        netchan__io.alarm_room = room;
+    }
+    a->conn = c;
+    a->endpoint = e;
+    netchan__io.alarm_count = a->place = count;
+    netchan__alarm_set(a, UINT64_MAX);
+    return true;
+}
+
+static void netchan__alarm_remove(netchan__alarm *a) {
+    netchan__alarm *last = netchan__io.alarms[netchan__io.alarm_count--];
+    if (last != a) {
+        netchan__alarm_put(a->place, last);
+        netchan__alarm_set(last, last->at);
+    }
+    a->place = 0;
+}
+
+/* When the next one rings. */
+static uint64_t netchan__next_alarm(void) {
+    return netchan__io.alarm_count ? netchan__io.alarms[1]->at : UINT64_MAX;
 }
 
 /* ---- What is polled (R4). Caller runs the loop. ---- */
@@ -9645,9 +9714,13 @@ static void netchan__note_failure(netchan__endpoint *e, uint64_t origin, uint64_
 /* Tells of strangers that were turned away (L3); of those that came too quickly later, together. */
 static void netchan__tell_rejected(netchan__endpoint *e, uint64_t now) {
     netchan__hub *h = &e->hub;
-    if (!e->untold || netchan__held(&h->link.events->lane) >= NETCHAN__EVENTS_MAX / 2) return;
+    if (!e->untold) return;
+    if (netchan__held(&h->link.events->lane) >= NETCHAN__EVENTS_MAX / 2) { /* who reads them makes room */
+        netchan__alarm_by(&e->alarm, netchan__after(now, (uint64_t)h->options.ping_ms));
+        return;
+    }
     if (netchan__bucket_full(e->told, now, NETCHAN__TELL, NETCHAN__TELL_MS)) {
-        netchan__tick_before(netchan__after(now, NETCHAN__TELL_MS));
+        netchan__alarm_by(&e->alarm, netchan__after(now, NETCHAN__TELL_MS));
         return;
     }
     netchan__news n = netchan__begin_event("rejected", 0, e->stranger, e->failure_text);
@@ -9753,6 +9826,7 @@ static void netchan__close_conn(netchan__conn *c, const char *reason, bool fatal
     e->conns--;
     netchan__soon(e); /* its session waits from now on */
     NETCHAN__UNLINK(netchan__io.conns, c, prev, next);
+    netchan__alarm_remove(&c->alarm);
     netchan__poll_remove(c->slot);
     close(c->fd);
     pthread_mutex_lock(&netchan__tls_lock);
@@ -9768,6 +9842,7 @@ static netchan__conn *netchan__open_conn(netchan__endpoint *e, int fd, const net
     pthread_mutex_lock(&netchan__tls_lock);
     const char *name = e->peer_name[0] ? e->peer_name : e->hub.dials ? a->host : NULL;
     int error = c ? netchan__stream_start(&c->stream, &e->tls, e->key, name) : MBEDTLS_ERR_SSL_ALLOC_FAILED;
+    if (!error && !netchan__alarm_add(&c->alarm, c, NULL)) error = MBEDTLS_ERR_SSL_ALLOC_FAILED;
     if (error && c) netchan__stream_free(&c->stream);
     pthread_mutex_unlock(&netchan__tls_lock);
     if (error) {
@@ -9789,7 +9864,7 @@ static netchan__conn *netchan__open_conn(netchan__endpoint *e, int fd, const net
     e->conns++;
     netchan__poll_add(fd, c, NULL);
     netchan__poll_conn(c);
-    netchan__tick_before(c->deadline);
+    netchan__alarm_set(&c->alarm, c->deadline);
     return c;
 }
 
@@ -9816,7 +9891,7 @@ static void netchan__give_way(netchan__endpoint *e, bool answered, uint64_t now)
         over--;
         if (c->closing || c->deadline <= now) continue;
         c->deadline = now;
-        netchan__io.next_tick = 0;
+        netchan__alarm_by(&c->alarm, now);
     }
 }
 
@@ -9880,7 +9955,7 @@ static void netchan__accept_all(netchan__endpoint *e) {
         if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR || errno == ECONNABORTED) return;
         netchan__log(&e->hub, 0, "%s: cannot accept: %s", e->address, netchan__os_error(errno));
         e->next_accept = netchan__after(now, NETCHAN__ACCEPT_PAUSE_MS);
-        netchan__tick_before(e->next_accept);
+        netchan__alarm_by(&e->alarm, e->next_accept);
         return;
     }
 }
@@ -9925,7 +10000,7 @@ static void netchan__note_up(netchan__conn *c, uint64_t now) {
     e->failures = 0;
     e->tried = e->keys_tried = 0;
     netchan__soon(e); /* it may wait for that */
-    netchan__tick_before(netchan__wire_tick(&c->wire, now)); /* its heartbeat begins */
+    netchan__alarm_set(&c->alarm, netchan__wire_tick(&c->wire, now)); /* its heartbeat begins */
 }
 
 /* ---- Bytes. Caller runs the loop, or sends beside it, and does not hold netchan__net_lock. ---- */
@@ -9999,7 +10074,7 @@ static bool netchan__conn_input(netchan__conn *c, const size_t *sizes, size_t co
         netchan__note_up(c, now);
         at += sizes[i];
     }
-    if (c->wire.ack_at) netchan__tick_before(c->wire.ack_at);
+    if (c->wire.ack_at) netchan__alarm_by(&c->alarm, c->wire.ack_at);
     bool over = netchan__wire_over(&c->wire) != NULL;
     netchan__io_release();
     return over;
@@ -10085,7 +10160,7 @@ static bool netchan__close_failed(netchan__conn *c, uint64_t now) {
     }
     bool flushed = !w->flush || (netchan__wire_idle(w) && !netchan__buf_size(&c->stream.out));
     if (!flushed && now < c->deadline) {
-        netchan__tick_before(c->deadline);
+        netchan__alarm_by(&c->alarm, c->deadline);
         return false;
     }
     netchan__close_conn(c, c->stream.reason, w->final);
@@ -10133,7 +10208,7 @@ static void netchan__tick_conn(netchan__conn *c, uint64_t now) {
     }
     if (netchan__close_failed(c, now) || c->closing) return;
     if (!c->stranger) {
-        netchan__tick_before(netchan__wire_tick(&c->wire, now));
+        netchan__alarm_set(&c->alarm, netchan__wire_tick(&c->wire, now));
         netchan__close_failed(c, now);
     } else if (c->endpoint->stopping) netchan__close_conn(c, "this side hung up", false);
     else if (now >= c->deadline)
@@ -10141,7 +10216,7 @@ static void netchan__tick_conn(netchan__conn *c, uint64_t now) {
                             c->state == NETCHAN__CONNECTING ? "it did not answer in time"
                                                             : "it did not finish the handshake in time",
                             false);
-    else netchan__tick_before(c->deadline);
+    else netchan__alarm_by(&c->alarm, c->deadline);
 }
 
 static void netchan__tick_endpoint(netchan__endpoint *e, uint64_t now) {
@@ -10151,13 +10226,13 @@ static void netchan__tick_endpoint(netchan__endpoint *e, uint64_t now) {
         netchan__io.listeners = e;
     }
     if (e->stopping) netchan__hub_stop(&e->hub); /* a greeting may have ended meanwhile */
-    netchan__tick_before(netchan__hub_tick(&e->hub, now));
+    netchan__alarm_by(&e->alarm, netchan__hub_tick(&e->hub, now));
     netchan__tell_rejected(e, now);
     if (e->next_accept && now >= e->next_accept) e->next_accept = 0;
-    if (e->next_accept) netchan__tick_before(e->next_accept);
+    if (e->next_accept) netchan__alarm_by(&e->alarm, e->next_accept);
     if (!netchan__hub_wants_wire(&e->hub) || e->stopping || e->trial || e->failure) return;
     if (now >= e->next_dial) netchan__dial_now(e, now);
-    else netchan__tick_before(e->next_dial);
+    else netchan__alarm_by(&e->alarm, e->next_dial);
 }
 
 static void netchan__remove_listener(netchan__endpoint *e) {
@@ -10175,6 +10250,7 @@ static void netchan__remove_endpoint(netchan__endpoint *e) {
     while (*at && *at != e) at = &(*at)->next_soon;
     if (*at) *at = e->next_soon;
     netchan__remove_listener(e);
+    netchan__alarm_remove(&e->alarm);
     NETCHAN__UNLINK(netchan__io.endpoints, e, prev, next);
     e->gone = true;
     pthread_cond_broadcast(&e->changed);
@@ -10203,20 +10279,30 @@ static void netchan__look_at_some(uint64_t now) {
     }
 }
 
-/* Looks at every deadline. */
-static void netchan__tick(uint64_t now) {
-    netchan__io.next_tick = UINT64_MAX;
+/* Looks at all, as something may be wrong with any of them. */
+static void netchan__tick_all(uint64_t now) {
     netchan__net.breached = false;
-    if (now >= netchan__io.next_check) {
-        netchan__check_claims(now);
-        netchan__io.next_check = netchan__after(now, NETCHAN__CHECK_MS);
-    }
     for (netchan__endpoint *e = netchan__io.endpoints; e; e = e->next) netchan__tick_endpoint(e, now);
     netchan__conn *next_conn;
     for (netchan__conn *c = netchan__io.conns; c; c = next_conn) {
         next_conn = c->next;
         netchan__poll_conn(c);
         netchan__tick_conn(c, now);
+    }
+}
+
+/* Looks at what is due. */
+static void netchan__tick(uint64_t now) {
+    if (now >= netchan__io.next_check) {
+        netchan__check_claims(now);
+        netchan__io.next_check = netchan__after(now, NETCHAN__CHECK_MS);
+    }
+    if (netchan__net.breached) netchan__tick_all(now);
+    for (size_t most = netchan__io.alarm_count; most && netchan__next_alarm() <= now; most--) {
+        netchan__alarm *a = netchan__io.alarms[1];
+        netchan__alarm_set(a, UINT64_MAX);
+        if (a->endpoint) netchan__tick_endpoint(a->endpoint, now);
+        else netchan__tick_conn(a->conn, now);
     }
 }
 
@@ -10306,11 +10392,11 @@ static bool netchan__accepts(netchan__endpoint *e, uint64_t now) {
     return open && !(netchan__io.resting && netchan__under_pressure(e, now));
 }
 
-/* Strangers may have to wait, and who listens changes its mind. */
-static void netchan__poll_strangers(uint64_t now) {
+/* Strangers may have to wait, and who listens changes its mind. *until: the latest time to look again. */
+static void netchan__poll_strangers(uint64_t now, uint64_t *until) {
     bool rests = now < netchan__io.strangers_from, changes = rests != netchan__io.resting;
     netchan__io.resting = rests;
-    if (rests) netchan__tick_before(netchan__io.strangers_from);
+    if (rests && netchan__io.strangers_from < *until) *until = netchan__io.strangers_from;
     for (netchan__endpoint *e = netchan__io.listeners; e; e = e->next_listener) {
         netchan__io.polls[e->slot].fd = netchan__accepts(e, now) ? e->fd : -1;
         for (netchan__conn *c = changes ? e->newest : NULL; c; c = c->older) netchan__poll_conn(c);
@@ -10444,8 +10530,8 @@ static void netchan__await_push(void) {
 /* Waits for news in poll() and works them off. Returns false when something is for the I/O thread. */
 static bool netchan__poll(uint64_t now, uint64_t until, bool caller) {
     bool sleeps = now >= netchan__io.spin_until;
-    if (netchan__io.listeners) netchan__poll_strangers(now);
-    if (netchan__io.next_tick < until) until = netchan__io.next_tick;
+    if (netchan__io.listeners) netchan__poll_strangers(now, &until);
+    if (netchan__next_alarm() < until) until = netchan__next_alarm();
     size_t count = netchan__poll_some(now, &until, &sleeps);
     netchan__io.misses += sleeps;
     netchan__net.polling = sleeps;
@@ -10473,7 +10559,7 @@ static bool netchan__round(uint64_t until, bool caller) {
     netchan__await_push();
     uint64_t now = netchan__now_ns();
     if (caller && (netchan__logs || netchan__io.stop || now >= until)) return false;
-    if (now >= netchan__io.next_tick || netchan__net.breached) netchan__tick(now);
+    if (now >= netchan__next_alarm() || netchan__net.breached) netchan__tick(now);
     netchan__look_at_some(now);
     netchan__settle();
     bool burst = netchan__is_pending() && netchan__is_burst() && netchan__sent_lately(now);
@@ -10595,9 +10681,11 @@ static void netchan__hold_over_forks(void) {
 static void netchan__io_free(void) {
     NETCHAN_FREE(netchan__io.polls);
     NETCHAN_FREE(netchan__io.watched);
+    NETCHAN_FREE(netchan__io.alarms);
     netchan__io.polls = NULL;
     netchan__io.watched = NULL;
-    netchan__io.poll_count = netchan__io.poll_room = 0;
+    netchan__io.alarms = NULL;
+    netchan__io.poll_count = netchan__io.poll_room = netchan__io.alarm_room = 0;
     pthread_cond_destroy(&netchan__net.turn);
 }
 
@@ -10616,7 +10704,6 @@ static int netchan__io_start(void) {
     netchan__net.on_drained = netchan__lane_drained;
     netchan__io.wake_read = fds[0];
     netchan__io.stop = false;
-    netchan__io.next_tick = 0;
     netchan__io.hot = 1;
     bool ready = netchan__prepare_fd(fds[0]) && netchan__prepare_fd(fds[1]) && netchan__poll_room();
     if (ready) netchan__poll_add(fds[0], NULL, NULL);
@@ -10731,9 +10818,16 @@ static int netchan__start_endpoint(netchan__endpoint *e) {
     int result = netchan__io_start();
     if (result == NETCHAN_OK) {
         pthread_mutex_lock(&netchan__net_lock);
-        NETCHAN__LINK(netchan__io.endpoints, e, prev, next);
-        netchan__wake_io(e);
+        bool added = netchan__alarm_add(&e->alarm, NULL, e);
+        if (added) {
+            NETCHAN__LINK(netchan__io.endpoints, e, prev, next);
+            netchan__wake_io(e);
+        }
         netchan__unlock_one(&netchan__net_lock);
+        if (!added) {
+            netchan__io_stop();
+            result = netchan__fail_memory("opening a link");
+        }
     }
     pthread_mutex_unlock(&netchan__control_lock);
     return result;

@@ -48,8 +48,7 @@ enum { HOUR = 3600, YEARS = 40 * 365 * 24 * HOUR };
 static void jump(int64_t seconds) {
     __atomic_add_fetch(&jumped, seconds, __ATOMIC_RELEASE);
     pthread_mutex_lock(&netchan__net_lock);
-    netchan__io.next_tick = 0;
-    netchan__net.wake = true;
+    netchan__look();
     netchan__unlock_one(&netchan__net_lock);
 }
 

@@ -1311,6 +1311,35 @@ static void test_values_that_wait_for_an_answer(void) {
     close_house(&h);
 }
 
+static double cpu_ms(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+    return (double)t.tv_sec * 1e3 + (double)t.tv_nsec / 1e6;
+}
+
+/* Under pressure strangers wait. When their listener goes meanwhile, nobody looks again and again if that is over. */
+static void test_a_listener_that_leaves_under_pressure(void) {
+    enum { WAIT_MS = 300 };
+    netchan_options o = narrow();
+    door d = open_door();
+    caller c;
+    raw *r = answer(&c, &d, &o, 10);
+    netchan_link *l = netchan_listen("127.0.0.1:0", &o);
+    CHECK(l);
+    pthread_mutex_lock(&netchan__net_lock);
+    netchan__io.resting = netchan__net.wake = true;
+    netchan__io.strangers_from = netchan__now_ns() + 50 * 1000000u;
+    netchan__unlock_one(&netchan__net_lock);
+    CHECK_INT(netchan_hangup(l, NULL), NETCHAN_OK);
+    CHECK_INT(netchan_recv(c.link->recv, NULL, WAIT_MS), NETCHAN_ETIMEDOUT); /* then it is over */
+    double start = cpu_ms();
+    CHECK_INT(netchan_recv(c.link->recv, NULL, WAIT_MS), NETCHAN_ETIMEDOUT);
+    CHECK(cpu_ms() - start < WAIT_MS / 2.0);
+    raw_close(r);
+    close(d.fd);
+    netchan_hangup(c.link, NULL);
+}
+
 /* What a listener hands back is bounded by what it was sent. */
 static void test_values_that_come_back_larger(void) {
     enum { COUNT = 100 };
@@ -2175,6 +2204,7 @@ int main(int argc, char **argv) {
         TEST(large_values_for_who_never_reads),
         TEST(large_values_that_swell),
         TEST(values_that_wait_for_an_answer),
+        TEST(a_listener_that_leaves_under_pressure),
         TEST(values_that_come_back_larger),
         TEST(ends_that_are_never_dropped),
         TEST(a_size_that_lies_hurts_nobody_else),

@@ -249,9 +249,10 @@ static void test_the_silent_are_few_and_not_for_long(void) {
     for (netchan__conn *c = netchan__io.conns; c; c = c->next) /* their time is up: the test has not got it */
         if (c->state == NETCHAN__HANDSHAKING) {
             CHECK(c->deadline > netchan__now_ns() && c->deadline < netchan__now_ns() + 60000000000u);
+            CHECK(c->alarm.at == c->deadline);
             c->deadline = 0;
+            netchan__alarm_set(&c->alarm, 0);
         }
-    netchan__io.next_tick = 0;
     netchan__net.wake = true;
     netchan__unlock_one(&netchan__net_lock);
     wait_for_strangers(m.l, 0);
