@@ -747,6 +747,9 @@ NETCHANDEF int netchan_fingerprint(const char *cert, char *out, size_t size);
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__linux__)
+#include <sys/epoll.h>
+#endif
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/types.h>
@@ -9345,8 +9348,9 @@ NETCHAN__SMALL_END
  *       longer than that.
  *   R3  Nothing is pending when the loop begins to wait in poll(), or who made it so wakes it. It looks again and again
  *       for NETCHAN__SPIN_US after there was something, if that is of use, and then sleeps.
- *   R4  polls[i] and watched[i] stand for what has slot i: first the wake-up pipe, then connections that had something
- *       lately, then the rest, which under load is looked at less often.
+ *   R4  polls[i] and watched[i] stand for what has slot i: the wake-up pipe, listeners, the first few connections. The
+ *       others have slot 0 and are in a set of the kernel's (epoll, where there is that), whose descriptor is polled
+ *       for all of them: it costs the loop nothing that they are there. Where there is none, all have slots.
  *   R5  Each connection and each endpoint has an alarm, which rings when it is to be looked at: nobody looks at those
  *       whose time has not come, unless something may be wrong with any of them (netchan__look()).
  *
@@ -9388,8 +9392,8 @@ enum {
     NETCHAN__LEND_US = 200,            /* the loop is left to callers for so long after the last that ran it */
     NETCHAN__SPIN_US = 30,             /* about what it costs to sleep and be woken by another core */
     NETCHAN__BURST_US = 20,            /* values that follow each other so quickly are sent together */
-    NETCHAN__POLL_FEW = 64,            /* so many connections are always looked at together; of more, */
-    NETCHAN__POLL_HOT = 1500,          /* microseconds for which who had something is looked at more often */
+    NETCHAN__POLL_FEW = 8,             /* so many are polled themselves: that costs less than to ask the set */
+    NETCHAN__NEWS = 64,                /* that are taken from the set at a time */
     NETCHAN__RECORDS = 64,             /* that come in are worked off together, */
     NETCHAN__RECORDS_OUT = 4,          /* and so many go out in a row */
     NETCHAN__BACKOFF_MIN_MS = 50,
@@ -9424,8 +9428,9 @@ struct netchan__conn {
     bool answered;     /* a stranger whose ClientHello was answered: only who can go on will say more */
     bool closing;      /* it has failed, and its last words are on the way */
     bool more;         /* there may be more to send */
-    unsigned active;   /* so many times all are looked at before it is no more among those that had something */
     size_t slot;       /* see R4 */
+    short awaited;     /* slot 0: for what events it is in the set; 0: it is not */
+    short news;        /* events that there were */
     netchan__alarm alarm;
     uint64_t deadline; /* nanoseconds; until it was greeted, or for the last words */
     uint64_t answered_at; /* likewise */
@@ -9461,7 +9466,7 @@ struct netchan__endpoint {
     char address[300];
 };
 
-/* What is polled: a connection, a listener, or, with neither, the wake-up pipe. */
+/* What is polled: a connection, a listener, or, with neither, the wake-up pipe or the set. */
 typedef struct netchan__watched {
     netchan__conn *conn;
     netchan__endpoint *listener;
@@ -9483,8 +9488,8 @@ static struct netchan__io_state {
     struct pollfd *polls;
     netchan__watched *watched; /* what polls[i] stands for */
     size_t poll_count, poll_room;
-    size_t hot;              /* see R4: those up to here had something lately */
-    uint64_t next_all;       /* nanoseconds: when to look at all of them again */
+    int set;                 /* see R4; it has slot 1. -1: none */
+    size_t in_set;           /* connections with slot 0 */
     uint64_t spin_until;     /* nanoseconds */
     unsigned misses;         /* times in a row that it was no use */
     bool resting;            /* strangers are not polled, see strangers_from */
@@ -9601,9 +9606,36 @@ static uint64_t netchan__next_alarm(void) {
 
 /* ---- What is polled (R4). Caller runs the loop. ---- */
 
-/* Room for one more. */
+/* A set for what is not polled itself, or -1. */
+static int netchan__make_set(void) {
+#if defined(__linux__)
+    return netchan__own_fd(epoll_create1(EPOLL_CLOEXEC));
+#else
+    return -1;
+#endif
+}
+
+/* Which events poll() has news of, and epoll, which are the same numbers. Returns false if it cannot be done: then it
+ * is in the set no more. */
+static bool netchan__await(netchan__conn *c, short events) {
+    bool done = true;
+#if defined(__linux__)
+    struct epoll_event e;
+    int what = !events ? EPOLL_CTL_DEL : c->awaited ? EPOLL_CTL_MOD : EPOLL_CTL_ADD;
+    if (events == c->awaited) return true;
+    memset(&e, 0, sizeof e);
+    e.events = (uint32_t)events;
+    e.data.ptr = c;
+    done = epoll_ctl(netchan__io.set, what, c->fd, &e) == 0;
+    if (!done && what == EPOLL_CTL_MOD) epoll_ctl(netchan__io.set, EPOLL_CTL_DEL, c->fd, &e);
+#endif
+    c->awaited = events;
+    return done;
+}
+
+/* Room for one more, and for those in the set. */
 static bool netchan__poll_room(void) {
-    if (netchan__io.poll_count < netchan__io.poll_room) return true;
+    if (netchan__io.poll_count + netchan__io.in_set < netchan__io.poll_room) return true;
     size_t room = netchan__io.poll_room ? 2 * netchan__io.poll_room : 16;
     struct pollfd *polls = (struct pollfd *)netchan__alloc(room * sizeof *polls);
     netchan__watched *watched = (netchan__watched *)netchan__alloc(room * sizeof *watched);
@@ -9628,13 +9660,6 @@ static void netchan__poll_put(size_t i, struct pollfd poll, netchan__watched wat
     if (watched.listener) watched.listener->slot = i;
 }
 
-static void netchan__poll_swap(size_t i, size_t j) {
-    struct pollfd poll = netchan__io.polls[i];
-    netchan__watched watched = netchan__io.watched[i];
-    netchan__poll_put(i, netchan__io.polls[j], netchan__io.watched[j]);
-    netchan__poll_put(j, poll, watched);
-}
-
 /* There is room, see netchan__poll_room(). */
 static void netchan__poll_add(int fd, netchan__conn *c, netchan__endpoint *e) {
     struct pollfd poll = {fd, POLLIN, 0};
@@ -9643,28 +9668,41 @@ static void netchan__poll_add(int fd, netchan__conn *c, netchan__endpoint *e) {
 }
 
 static void netchan__poll_remove(size_t i) {
-    if (i < netchan__io.hot) {
-        netchan__poll_swap(i, --netchan__io.hot);
-        i = netchan__io.hot;
+    size_t last = --netchan__io.poll_count;
+    netchan__poll_put(i, netchan__io.polls[last], netchan__io.watched[last]);
+}
+
+/* The same for a connection. */
+static void netchan__poll_add_conn(netchan__conn *c) {
+    c->slot = 0;
+    if (netchan__io.set < 0 || netchan__io.poll_count < NETCHAN__POLL_FEW) netchan__poll_add(c->fd, c, NULL);
+    else netchan__io.in_set++;
+}
+
+static void netchan__poll_remove_conn(netchan__conn *c) {
+    if (c->slot) {
+        netchan__poll_remove(c->slot);
+        return;
     }
-    netchan__poll_swap(i, netchan__io.poll_count - 1);
-    netchan__io.poll_count--;
+    netchan__await(c, 0); /* to close it would not do, if a child that forks now still has it */
+    netchan__io.in_set--;
 }
 
 /* What the connection is to be polled for now. */
-static void netchan__poll_conn(const netchan__conn *c) {
-    struct pollfd *p = &netchan__io.polls[c->slot];
+static void netchan__poll_conn(netchan__conn *c) {
     bool writes = c->state == NETCHAN__CONNECTING || netchan__buf_size(&c->stream.out) || c->more;
     bool reads = c->state != NETCHAN__CONNECTING && !c->closing;
-    bool rests = c->stranger && !c->endpoint->hub.dials && netchan__io.resting;
-    p->fd = c->wire.paused || rests ? -1 : c->fd; /* not even its end is news then */
-    p->events = (short)((reads ? POLLIN : 0) | (writes ? POLLOUT : 0));
-}
-
-/* There was something for it. */
-static void netchan__poll_often(netchan__conn *c) {
-    c->active = 1 + NETCHAN__POLL_HOT / (unsigned)netchan__io.poll_count; /* see netchan__poll_some() */
-    if (c->slot >= netchan__io.hot) netchan__poll_swap(c->slot, netchan__io.hot++);
+    bool rests = c->wire.paused || (c->stranger && !c->endpoint->hub.dials && netchan__io.resting);
+    short events = (short)((reads ? POLLIN : 0) | (writes ? POLLOUT : 0));
+    if (rests) c->news = 0;
+    if (!c->slot && !netchan__await(c, (short)(rests ? 0 : events))) {
+        netchan__io.in_set--;
+        netchan__poll_add(c->fd, c, NULL);
+    }
+    if (!c->slot) return;
+    struct pollfd *p = &netchan__io.polls[c->slot];
+    p->fd = rests ? -1 : c->fd; /* not even its end is news then */
+    p->events = events;
 }
 
 /* ---- Connections. Caller runs the loop and holds netchan__net_lock. ---- */
@@ -9827,7 +9865,7 @@ static void netchan__close_conn(netchan__conn *c, const char *reason, bool fatal
     netchan__soon(e); /* its session waits from now on */
     NETCHAN__UNLINK(netchan__io.conns, c, prev, next);
     netchan__alarm_remove(&c->alarm);
-    netchan__poll_remove(c->slot);
+    netchan__poll_remove_conn(c);
     close(c->fd);
     pthread_mutex_lock(&netchan__tls_lock);
     netchan__stream_free(&c->stream);
@@ -9862,7 +9900,7 @@ static netchan__conn *netchan__open_conn(netchan__endpoint *e, int fd, const net
     NETCHAN__LINK(netchan__io.conns, c, prev, next);
     netchan__add_stranger(c);
     e->conns++;
-    netchan__poll_add(fd, c, NULL);
+    netchan__poll_add_conn(c);
     netchan__poll_conn(c);
     netchan__alarm_set(&c->alarm, c->deadline);
     return c;
@@ -10342,7 +10380,6 @@ static netchan__conn *netchan__next_pending(void) {
 static void netchan__send_pending(uint64_t now) {
     for (netchan__conn *c; (c = netchan__next_pending());) {
         netchan__io.pushed = now;
-        netchan__poll_often(c);
         netchan__io_release();
         netchan__conn_ready(c, 0);
         pthread_mutex_lock(&netchan__net_lock);
@@ -10403,26 +10440,6 @@ static void netchan__poll_strangers(uint64_t now, uint64_t *until) {
     }
 }
 
-/* How many of the polled are looked at now. When there are many, and some of them had something lately, these and no
- * others until *until: to look at one costs about a tenth of a microsecond, so that all take a tenth of the time, and
- * none waits for longer than a microsecond for each there is. Sleeps: whether the loop may sleep until then. */
-static size_t netchan__poll_some(uint64_t now, uint64_t *until, bool *sleeps) {
-    size_t count = netchan__io.poll_count;
-    bool few = count <= NETCHAN__POLL_FEW;
-    if (!few && netchan__io.hot > 1 && now < netchan__io.next_all) {
-        if (netchan__io.next_all < *until) *until = netchan__io.next_all;
-        return netchan__io.hot;
-    }
-    netchan__io.next_all = now + count * (uint64_t)1000;
-    for (size_t i = netchan__io.hot; i-- > 1;) {
-        netchan__conn *c = netchan__io.watched[i].conn;
-        if (!c->active) netchan__poll_swap(i, --netchan__io.hot);
-        else c->active--;
-    }
-    *sleeps &= few || netchan__io.hot == 1;
-    return count;
-}
-
 static void netchan__drain_wake(void) {
     uint8_t bytes[64];
     while (read(netchan__io.wake_read, bytes, sizeof bytes) == sizeof bytes) continue;
@@ -10438,12 +10455,11 @@ static uint64_t netchan__cpu_ns(void) {
 /* A peer, or somebody whom this side dialled. */
 static bool netchan__is_known(const netchan__conn *c) { return c && (!c->stranger || c->endpoint->hub.dials); }
 
-/* poll() may have news of a connection. */
+/* There may be news of a connection. */
 static void netchan__serve_conn(netchan__conn *c) {
-    short events = netchan__io.polls[c->slot].revents;
-    netchan__io.polls[c->slot].revents = 0;
+    short events = c->news;
+    c->news = 0;
     if (!events) return;
-    netchan__poll_often(c);
     netchan__io_release();
     netchan__conn_ready(c, events);
     pthread_mutex_lock(&netchan__net_lock);
@@ -10459,7 +10475,7 @@ static void netchan__serve_strangers(netchan__endpoint *e, bool answered, uint64
             netchan__io.strangers_from = netchan__now_ns() + NETCHAN__REST_US * (uint64_t)1000;
             break;
         }
-        if (c->answered == answered && netchan__io.polls[c->slot].revents && netchan__now_ns() < until)
+        if (c->answered == answered && c->news && netchan__now_ns() < until)
             netchan__serve_conn(c);
     }
 }
@@ -10494,19 +10510,44 @@ static void netchan__wake_between(void) {
     pthread_mutex_lock(&netchan__net_lock);
 }
 
-/* poll() has news of `ready` of the first `count`. A caller serves peers only. Returns whether there are others. */
-static bool netchan__serve_polls(size_t count, int ready, bool caller) {
+/* There is news of a connection. A caller serves peers only. Returns whether it waits for the I/O thread. */
+static bool netchan__serve_news(netchan__conn *c, short events, bool caller) {
+    bool serves = netchan__is_known(c) && !(caller && c->stranger);
+    c->news = events;
+    if (serves) netchan__serve_conn(c);
+    return !serves;
+}
+
+/* The same of some of those in the set. */
+static bool netchan__serve_set(bool caller) {
     bool others = false;
-    if (netchan__io.polls[0].revents) netchan__drain_wake();
-    ready -= netchan__io.polls[0].revents != 0;
-    for (size_t i = 1; i < count && i < netchan__io.poll_count && ready > 0; i++) {
-        const netchan__watched *w = &netchan__io.watched[i];
-        if (!netchan__io.polls[i].revents) continue;
-        if (--ready) netchan__wake_between();
-        bool serves = netchan__is_known(w->conn) && !(caller && w->conn->stranger);
-        others |= !serves;
-        if (serves) netchan__serve_conn(w->conn);
+#if defined(__linux__)
+    struct epoll_event news[NETCHAN__NEWS];
+    int count = epoll_wait(netchan__io.set, news, NETCHAN__NEWS, 0);
+    for (int i = 0; i < count; i++) {
+        if (i) netchan__wake_between();
+        others |= netchan__serve_news((netchan__conn *)news[i].data.ptr, (short)news[i].events, caller);
     }
+#else
+    (void)caller;
+#endif
+    return others;
+}
+
+/* poll() has news of `ready` of those that it looks at. Returns whether there are others than a caller serves. */
+static bool netchan__serve_polls(int ready, bool caller) {
+    bool others = false, of_set = netchan__io.set >= 0 && netchan__io.polls[1].revents;
+    if (netchan__io.polls[0].revents) netchan__drain_wake();
+    ready -= (netchan__io.polls[0].revents != 0) + of_set;
+    for (size_t i = 1 + (netchan__io.set >= 0); i < netchan__io.poll_count && ready > 0; i++) {
+        short events = netchan__io.polls[i].revents;
+        if (!events) continue;
+        if (--ready) netchan__wake_between();
+        netchan__conn *c = netchan__io.watched[i].conn;
+        others |= !c || netchan__serve_news(c, events, caller);
+    }
+    if (of_set) netchan__wake_between();
+    if (of_set) others |= netchan__serve_set(caller);
     if (others && !caller) netchan__serve_listeners();
     return others;
 }
@@ -10532,18 +10573,17 @@ static bool netchan__poll(uint64_t now, uint64_t until, bool caller) {
     bool sleeps = now >= netchan__io.spin_until;
     if (netchan__io.listeners) netchan__poll_strangers(now, &until);
     if (netchan__next_alarm() < until) until = netchan__next_alarm();
-    size_t count = netchan__poll_some(now, &until, &sleeps);
     netchan__io.misses += sleeps;
     netchan__net.polling = sleeps;
     pthread_mutex_unlock(&netchan__net_lock);
     netchan__io_wake();
     if (!sleeps) sched_yield(); /* for who sends, or is to send, on the same core */
-    int ready = poll(netchan__io.polls, (nfds_t)count, sleeps ? netchan__poll_ms(now, until) : 0);
+    int ready = poll(netchan__io.polls, (nfds_t)netchan__io.poll_count, sleeps ? netchan__poll_ms(now, until) : 0);
     pthread_mutex_lock(&netchan__net_lock);
     netchan__net.polling = false;
     netchan__await_push();
     if (ready <= 0) return true;
-    bool others = netchan__serve_polls(count, ready, caller);
+    bool others = netchan__serve_polls(ready, caller);
     if (!sleeps) netchan__io.misses = 0;
     if (netchan__io.misses < 4 || netchan__io.misses % 16 == 0)
         netchan__io.spin_until = netchan__now_ns() + NETCHAN__SPIN_US * (uint64_t)1000;
@@ -10663,6 +10703,7 @@ static void netchan__after_fork_in_child(void) {
     if (netchan__io.links) {
         close(netchan__io.wake_read);
         close(netchan__net.wake_fd);
+        if (netchan__io.set >= 0) close(netchan__io.set);
     }
     memset(&netchan__io, 0, sizeof netchan__io);
     memset(&netchan__net, 0, sizeof netchan__net);
@@ -10682,6 +10723,7 @@ static void netchan__io_free(void) {
     NETCHAN_FREE(netchan__io.polls);
     NETCHAN_FREE(netchan__io.watched);
     NETCHAN_FREE(netchan__io.alarms);
+    if (netchan__io.set >= 0) close(netchan__io.set);
     netchan__io.polls = NULL;
     netchan__io.watched = NULL;
     netchan__io.alarms = NULL;
@@ -10704,9 +10746,10 @@ static int netchan__io_start(void) {
     netchan__net.on_drained = netchan__lane_drained;
     netchan__io.wake_read = fds[0];
     netchan__io.stop = false;
-    netchan__io.hot = 1;
+    netchan__io.set = netchan__make_set();
     bool ready = netchan__prepare_fd(fds[0]) && netchan__prepare_fd(fds[1]) && netchan__poll_room();
     if (ready) netchan__poll_add(fds[0], NULL, NULL);
+    if (ready && netchan__io.set >= 0) netchan__poll_add(netchan__io.set, NULL, NULL); /* the first room is for 16 */
     netchan__cond_init(&netchan__net.turn);
     sigfillset(&all); /* signals are the program's, not this thread's; but for those that a fault of its own raises */
     sigdelset(&all, SIGSEGV);

@@ -919,12 +919,22 @@ static const kind ways[] = {
     WAY(SOCKET, EMFILE, A_REFUSAL),     WAY(SOCKET, ENOBUFS, A_REFUSAL),     WAY(WRITE, EINTR, NOTHING),
 };
 
-static void sweep_calls(void (*scenario)(void), const char *name, long runs) {
+/* What it does about many connections at once, where it has that. */
+static const kind ways_of_sets[] = {
+    WAY(EPOLL_CREATE, EMFILE, NOTHING), WAY(EPOLL_CREATE, ENOSYS, NOTHING), WAY(EPOLL_CTL, ENOMEM, NOTHING),
+    WAY(EPOLL_CTL, ENOSPC, NOTHING),    WAY(EPOLL_WAIT, EINTR, NOTHING),
+};
+
+static void sweep_ways(void (*scenario)(void), const char *name, const kind *kinds, size_t count, long runs) {
     make_people();
-    for (size_t i = 0; i < sizeof ways / sizeof *ways; i++) {
+    for (size_t i = 0; i < count; i++) {
         alarm(FEWER > 1 ? 300 : 60);
-        sweep(scenario, name, &ways[i], runs);
+        sweep(scenario, name, &kinds[i], runs);
     }
+}
+
+static void sweep_calls(void (*scenario)(void), const char *name, long runs) {
+    sweep_ways(scenario, name, ways, sizeof ways / sizeof *ways, runs);
 }
 
 #define CALLS(scenario, runs)                                                                                          \
@@ -937,12 +947,16 @@ CALLS(ends, CALL_RUNS)
 CALLS(cuts, FEW_CALL_RUNS)
 CALLS(inherited, FEW_CALL_RUNS)
 
+static void test_calls_many(void) {
+    sweep_ways(scenario_many, "many", ways_of_sets, sizeof ways_of_sets / sizeof *ways_of_sets, CALL_RUNS);
+}
+
 int main(int argc, char **argv) {
     static const test_entry tests[] = {
         TEST(memory_values), TEST(memory_local),    TEST(memory_shared_key), TEST(memory_keys),   TEST(memory_pins),
         TEST(memory_ca),     TEST(memory_insecure), TEST(memory_tools),      TEST(memory_buffers), TEST(memory_large),
         TEST(memory_ends),   TEST(memory_relays),   TEST(memory_names),      TEST(memory_peers),  TEST(memory_cuts),
         TEST(memory_selects), TEST(memory_many),    TEST(memory_inherited),  TEST(calls_keys),    TEST(calls_ends),
-        TEST(calls_cuts),    TEST(calls_inherited), TEST_END};
+        TEST(calls_cuts),    TEST(calls_inherited), TEST(calls_many),    TEST_END};
     return test_main(argc, argv, tests);
 }

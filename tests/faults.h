@@ -15,6 +15,9 @@
 #include <poll.h>
 #include <pthread.h>
 #include <string.h>
+#ifdef __linux__
+#include <sys/epoll.h>
+#endif
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/types.h>
@@ -33,6 +36,9 @@ enum fault_call {
     FAULT_BIND,
     FAULT_CLOSE,
     FAULT_CONNECT,
+    FAULT_EPOLL_CREATE,
+    FAULT_EPOLL_CTL,
+    FAULT_EPOLL_WAIT,
     FAULT_FCNTL,
     FAULT_GETADDRINFO,
     FAULT_GETSOCKNAME,
@@ -124,6 +130,25 @@ static inline int fault_pipe2(int *fds, int flags) {
 
 #define accept4(fd, a, size, flags) fault_accept4(fd, a, size, flags)
 #define pipe2(fds, flags) fault_pipe2(fds, flags)
+#endif
+
+#ifdef __linux__
+static inline int fault_epoll_create1(int flags) {
+    return fault_now(FAULT_EPOLL_CREATE) ? -1 : epoll_create1(flags);
+}
+
+/* Something can always be taken away. */
+static inline int fault_epoll_ctl(int set, int what, int fd, struct epoll_event *e) {
+    return what != EPOLL_CTL_DEL && fault_now(FAULT_EPOLL_CTL) ? -1 : epoll_ctl(set, what, fd, e);
+}
+
+static inline int fault_epoll_wait(int set, struct epoll_event *news, int most, int timeout_ms) {
+    return fault_now(FAULT_EPOLL_WAIT) ? -1 : epoll_wait(set, news, most, timeout_ms);
+}
+
+#define epoll_create1(flags) fault_epoll_create1(flags)
+#define epoll_ctl(set, what, fd, e) fault_epoll_ctl(set, what, fd, e)
+#define epoll_wait(set, news, most, timeout_ms) fault_epoll_wait(set, news, most, timeout_ms)
 #endif
 
 static inline int fault_bind(int fd, const struct sockaddr *a, socklen_t size) {

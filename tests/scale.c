@@ -492,10 +492,9 @@ static size_t most_peers(void) {
     return allow_links(text ? (size_t)atol(text) : MOST_PEERS);
 }
 
-/* To all in turn, each a round trip to one that was idle, poll() has to look at all of them for each: that is what it
- * costs, and when several have something at a time it is shared among these. */
+/* "To all in turn" is a round trip each to one that was idle: what others are idle costs it nothing (R4, R5). */
 static void test_peers_that_are_idle(void) {
-    static const char *const columns[] = {"ns per value, from one", "from ten",      "to ten",      "(to all in turn)",
+    static const char *const columns[] = {"ns per value, from one", "from ten",      "to ten",        "to all in turn",
                                           "to all that wait",       "to a stranger", "to make one", NULL};
     size_t most = most_peers();
     start_crowd(&peers, most, 600000);
