@@ -9361,9 +9361,10 @@ NETCHAN__SMALL_END
  *       however many are silent. Whoever has spoken is heard before it gives way, and has NETCHAN__GRACE_MS for the
  *       rest, so that of a thousand peers who come back at once none comes in vain.
  *   L2  Peers are served first, then strangers who were answered, then the others, the newest first, and these for
- *       NETCHAN__SLICE_US at a time. Under pressure, which is many strangers or many failures, strangers get a quarter
- *       of this thread's time, and what those who succeed earn; and an address whose handshakes fail has a burst of
- *       tries and then a few a second. Who succeeds costs nobody a try, so that a thousand peers may come back at once.
+ *       NETCHAN__SLICE_US at a time. Under pressure, which is many strangers, many failures or much work for them,
+ *       strangers get a quarter of this thread's time, and what those who succeed earn; and an address whose
+ *       handshakes fail has a burst of tries and then a few a second. Who succeeds costs nobody a try, so that a
+ *       thousand peers may come back at once.
  *   L3  Strangers are told of as events so many a second, and never in place of other events.
  * ================================================================================================================== */
 
@@ -9383,6 +9384,7 @@ enum {
     NETCHAN__SLICE_US = 2000,          /* of strangers at a time, then the others have their turn */
     NETCHAN__PRESSED_US = 500,         /* likewise, under pressure; then strangers wait for three times as long, */
     NETCHAN__REST_US = 1000,           /* and at least so long, unless somebody succeeds: */
+    NETCHAN__WORK_MS = 100,            /* in a burst; more of it, and more than a quarter of the time, is pressure */
     NETCHAN__EARN_MS = 8,              /* then they have so much more, ... */
     NETCHAN__EARN_MOST_MS = 1000,      /* ... and so much at most */
     NETCHAN__GRACE_MS = 250,           /* who was answered keeps its place for so long */
@@ -9498,6 +9500,7 @@ static struct netchan__io_state {
     } origins[NETCHAN__ORIGINS];
     uint64_t strangers_from; /* nanoseconds; strangers wait until then */
     uint64_t earned;         /* nanoseconds of work for strangers that those who succeeded have paid for */
+    uint64_t worked;         /* a bucket of the other work, of which a nanosecond takes four to leak */
     uint64_t pushed;         /* nanoseconds: when something was last sent outside the loop. Net */
     uint8_t cipher[NETCHAN__CHUNK], plain[NETCHAN__CHUNK];
 } netchan__io;
@@ -9740,7 +9743,7 @@ static uint64_t *netchan__failures_of(uint64_t origin) {
 }
 
 static bool netchan__under_pressure(const netchan__endpoint *e, uint64_t now) {
-    return e->strangers >= NETCHAN__PRESSURE ||
+    return e->strangers >= NETCHAN__PRESSURE || netchan__bucket_full(netchan__io.worked, now, NETCHAN__WORK_MS, 4) ||
            netchan__bucket_full(e->failed, now, NETCHAN__PRESSURE, NETCHAN__FAIL_MS);
 }
 
@@ -10486,7 +10489,7 @@ static void netchan__serve_listeners(void) {
     uint64_t now = netchan__now_ns(), used;
     for (netchan__endpoint *e = netchan__io.listeners; e; e = e->next_listener)
         pressed |= netchan__under_pressure(e, now);
-    used = pressed ? netchan__cpu_ns() : 0;
+    used = netchan__cpu_ns();
     for (int pass = 0; pass < 2; pass++) {
         uint64_t until = now + (pressed ? NETCHAN__PRESSED_US : NETCHAN__SLICE_US) * (uint64_t)1000;
         for (netchan__endpoint *e = netchan__io.listeners; e; e = e->next_listener)
@@ -10494,11 +10497,12 @@ static void netchan__serve_listeners(void) {
         now = netchan__now_ns();
     }
     for (netchan__endpoint *e = netchan__io.listeners; e; e = e->next_listener) netchan__io.polls[e->slot].revents = 0;
-    if (!pressed) return;
     used = netchan__cpu_ns() - used;
     uint64_t paid = used < netchan__io.earned ? used : netchan__io.earned, rest = 3 * (used - paid);
     netchan__io.earned -= paid;
-    if (!rest) return;
+    if (netchan__io.worked < now) netchan__io.worked = now;
+    netchan__io.worked += 4 * (used - paid);
+    if (!pressed || !rest) return;
     if (rest < NETCHAN__REST_US * (uint64_t)1000) rest = NETCHAN__REST_US * (uint64_t)1000;
     netchan__io.strangers_from = now + rest;
 }
