@@ -897,13 +897,16 @@ static bool netchan__buf_append(netchan__buf *b, const void *data, size_t size) 
 }
 
 /* Drops bytes from the front; an emptied large buffer gives its memory back, so that idle peers cost little. */
-static void netchan__buf_consume(netchan__buf *b, size_t size) {
+/* keeps: it will be filled again soon. */
+static void netchan__buf_pass(netchan__buf *b, size_t size, bool keeps) {
     NETCHAN_ASSERT(size <= netchan__buf_size(b));
     b->start += size;
     if (b->start < b->end) return;
-    if (b->cap > 4096) netchan__buf_free(b);
+    if (!keeps && b->cap > 4096) netchan__buf_free(b);
     b->start = b->end = 0;
 }
+
+static void netchan__buf_consume(netchan__buf *b, size_t size) { netchan__buf_pass(b, size, false); }
 
 static size_t netchan__varint_size(uint64_t n) {
     size_t size = 1;
@@ -6390,7 +6393,8 @@ enum {
     NETCHAN__ACK_BYTES = 65536, /* an acknowledgement waits for so many bytes, or frames to go with, ... */
     NETCHAN__ACK_MS = 20,       /* ... or so long, at most */
     NETCHAN__RECORD_FIRST = 1024, /* until a link was of use: it may break again before more is through */
-    NETCHAN__CONTROL_MAX = 1024
+    NETCHAN__CONTROL_MAX = 1024,
+    NETCHAN__KEPT = 2 << 20     /* bytes of memory that is kept for more, at most */
 };
 
 typedef struct netchan__session netchan__session;
@@ -6475,7 +6479,9 @@ struct netchan__session {
     size_t given;          /* bytes of them that the link was given */
     uint64_t queued, acked, received, told; /* frames; told: of received, to the other side */
     size_t untold;         /* bytes of the frames that it was not told of */
+    uint64_t ticked;       /* queued at the last tick of its link */
     netchan__parcel *parcels, *last_parcel;
+    netchan__buf spare;    /* room for the bytes of another one */
     uint64_t down_since, checked; /* nanoseconds */
     uint64_t round_trip;   /* nanoseconds, newest; 0: not measured yet */
     char address[80], identity_text[NETCHAN_FINGERPRINT_SIZE], name[256];
@@ -6665,14 +6671,46 @@ static void netchan__append_parcel(netchan__session *s, netchan__parcel *parcel)
     s->last_parcel = parcel;
 }
 
+/* Memory that was used a moment ago costs less than new memory, which the system has to map and clear. Returns NULL
+ * when out of memory. */
+static uint8_t *netchan__parcel_room(netchan__session *s, netchan__buf *bytes, size_t size) {
+    if (s->spare.cap >= size) {
+        *bytes = s->spare;
+        memset(&s->spare, 0, sizeof s->spare);
+        return bytes->data;
+    }
+    bytes->data = (uint8_t *)NETCHAN_MALLOC(size);
+    if (bytes->data) bytes->cap = size;
+    return bytes->data;
+}
+
+/* Keeps the larger one, in bounds. */
+static void netchan__keep_room(netchan__session *s, netchan__buf *bytes) {
+    netchan__buf other = s->spare;
+    if (bytes->cap <= other.cap || bytes->cap > NETCHAN__KEPT) return;
+    s->spare = *bytes;
+    s->spare.start = s->spare.end = 0;
+    *bytes = other;
+}
+
+/* When nothing was said for a while, what is kept for more goes. */
+static void netchan__spare_nothing(netchan__session *s) {
+    netchan__buf_free(&s->spare);
+    if (!netchan__buf_size(&s->out) && !s->pinned_by) netchan__buf_free(&s->out);
+}
+
+static void netchan__free_parcel(netchan__parcel *parcel) {
+    netchan_clear(&parcel->ends);
+    netchan__buf_free(&parcel->bytes);
+    NETCHAN_FREE(parcel);
+}
+
 /* Queues a large value to be cut into fragments. */
 static uint64_t netchan__queue_parcel(netchan__session *s, const netchan__frame *f) {
     netchan__parcel *parcel = (netchan__parcel *)netchan__alloc(sizeof *parcel);
-    uint8_t *to = parcel ? netchan__buf_reserve(&parcel->bytes, (size_t)f->size) : NULL;
+    uint8_t *to = parcel ? netchan__parcel_room(s, &parcel->bytes, (size_t)f->size) : NULL;
     if (!to || !netchan__hold_ends(parcel, &f->value) || !netchan__write_for(&s->peer, to + f->size, &f->value)) {
-        if (parcel) netchan_clear(&parcel->ends);
-        if (parcel) netchan__buf_free(&parcel->bytes);
-        NETCHAN_FREE(parcel);
+        if (parcel) netchan__free_parcel(parcel);
         netchan__breach(&s->peer, "out of memory for what is to be sent to it");
         return UINT64_MAX;
     }
@@ -6726,7 +6764,7 @@ static void netchan__cut_fragment(netchan__session *s) {
     f.count = size < NETCHAN__FRAGMENT ? size : (size_t)NETCHAN__FRAGMENT;
     f.bytes = parcel->bytes.data + parcel->bytes.start;
     s->peer.emit(&s->peer, &f);
-    netchan__buf_consume(&parcel->bytes, f.count);
+    netchan__buf_pass(&parcel->bytes, f.count, true);
     s->parcels = parcel->next;
     if (!s->parcels) s->last_parcel = NULL;
     if (size > f.count) {
@@ -6734,9 +6772,8 @@ static void netchan__cut_fragment(netchan__session *s) {
         return;
     }
     netchan__shipped(&s->peer, parcel->from_home, parcel->entry, parcel->match, s->queued);
-    netchan__buf_free(&parcel->bytes);
-    netchan_clear(&parcel->ends);
-    NETCHAN_FREE(parcel);
+    netchan__keep_room(s, &parcel->bytes);
+    netchan__free_parcel(parcel);
 }
 
 /* The bytes of the frame of `out` that begins there. */
@@ -6751,7 +6788,7 @@ static size_t netchan__frame_size(const netchan__session *s, size_t offset) {
 static void netchan__trim(netchan__session *s, uint64_t acked) {
     size_t size = 0;
     for (; s->acked < acked; s->acked++) size += netchan__frame_size(s, size);
-    netchan__buf_consume(&s->out, size);
+    netchan__buf_pass(&s->out, size, s->out.cap <= NETCHAN__KEPT); /* until netchan__spare_nothing() */
     s->given -= size < s->given ? size : s->given;
 }
 
@@ -7008,6 +7045,8 @@ static uint64_t netchan__wire_tick(netchan__wire *w, uint64_t now) {
         netchan__wire_fail(w, text);
         return now + interval;
     }
+    if (w->session && w->session->ticked == w->session->queued) netchan__spare_nothing(w->session);
+    if (w->session) w->session->ticked = w->session->queued;
     if (w->ack_at && now >= w->ack_at && w->session) {
         w->ack_now = true;
         w->ack_at = 0;
@@ -7068,6 +7107,15 @@ static void netchan__take_back(netchan__session *s, netchan__queue *unsent) {
     }
 }
 
+static void netchan__drop_parcels(netchan__session *s) {
+    while (s->parcels) {
+        netchan__parcel *parcel = s->parcels;
+        s->parcels = parcel->next;
+        netchan__free_parcel(parcel);
+    }
+    s->last_parcel = NULL;
+}
+
 /* The session is over for channels: they learn what became of what was pending. peer.taken, returned and unknown count
  * it. */
 static void netchan__session_lost(netchan__session *s) {
@@ -7094,13 +7142,7 @@ static void netchan__session_free(netchan__session *s) {
             *at = s->next_pending;
             break;
         }
-    while (s->parcels) {
-        netchan__parcel *next = s->parcels->next;
-        netchan__buf_free(&s->parcels->bytes);
-        netchan_clear(&s->parcels->ends);
-        NETCHAN_FREE(s->parcels);
-        s->parcels = next;
-    }
+    netchan__drop_parcels(s);
     if (s->pinned_by) {
         s->pinned_by->pins = NULL;
         if (!s->pinned_by->unpinned) { /* it is being read */
@@ -7109,6 +7151,7 @@ static void netchan__session_free(netchan__session *s) {
         }
     }
     netchan__buf_free(&s->out);
+    netchan__buf_free(&s->spare);
     mbedtls_platform_zeroize(s->secret, sizeof s->secret);
     NETCHAN_FREE(s);
 }
@@ -7785,6 +7828,7 @@ static void netchan__wire_down(netchan__wire *w, uint64_t now, const char *reaso
     s->wire = NULL;
     s->refused = false;
     s->down_since = s->checked = now;
+    netchan__spare_nothing(s);
     netchan__peer_down(&s->peer);
     netchan__end_tries(s);
     netchan__event(h, netchan__begin_event("down", s->peer.number, s->address, reason));
