@@ -2006,6 +2006,7 @@ struct netchan__waiter {
     int refused;
     bool starved;          /* there was no memory for it while its operation was engaged */
     bool held;             /* the call, or the remote operation, holds the channel */
+    bool lends;            /* at an end: its large value may be read by its peer until that is told to keep it */
     /* A claim on this waiter by a match at its home. */
     netchan__waiter *next_claim; /* in the queue of its operation */
     uint64_t claim;              /* the match; 0: none */
@@ -2175,6 +2176,7 @@ struct netchan__match {
     netchan__waiter *receiver; /* NULL: it goes to a slot of the buffer */
     uint64_t id;
     bool from_buffer, to_buffer, receiver_first, pinned, redelivered;
+    bool lends; /* the value may be read by the receiver's peer until that is told to keep it */
     bool carried;           /* the final claim carried the value to the receiver */
     bool granted;           /* a remote sender has said yes, and its fragments come */
     bool sender_gone, receiver_gone; /* a local party that is over; its pointer is NULL then */
@@ -2237,6 +2239,7 @@ typedef struct netchan__frame {
     size_t memory;          /* what an incoming value occupies */
     netchan_value value;    /* outgoing: borrowed; incoming: owned, the handler may take it */
     bool has_value;
+    bool lends;             /* outgoing: the value stays until netchan__peer.keep */
     bool lazy;              /* outgoing: see netchan__mark_pending() */
     const uint8_t *bytes;   /* FRAGMENT */
     size_t count;
@@ -2249,6 +2252,8 @@ struct netchan__peer {
     uint64_t (*emit)(netchan__peer *p, const netchan__frame *f);
     /* The same for DATA, of which there are most; or NULL. */
     uint64_t (*emit_data)(netchan__peer *p, uint64_t channel, const netchan_value *v, size_t size);
+    /* The value of this waiter, or for this one if it is shipped, goes: what is still to be sent of it is kept. */
+    void (*keep)(netchan__peer *p, bool shipped, uint64_t entry);
     void (*owe)(netchan__peer *p); /* NULL, or: there is credit for it, to go with what else is sent */
     bool owes;
     uint64_t number;     /* netchan_peer.id */
@@ -3423,6 +3428,7 @@ static void netchan__unlink_match(netchan__match *m) {
     const netchan__peer *taker = m->receiver && !m->receiver->op ? m->receiver->peer : NULL;
     if ((m->lane->peer && m->lane->peer->farewell) || (taker && taker->farewell))
         netchan__look(); /* its farewell may be answered now */
+    if (m->lends && taker) taker->keep(m->receiver->peer, true, m->receiver->id);
     NETCHAN__UNLINK(m->ch->matches, m, prev, next);
     netchan__map_remove(&netchan__net.matches, m->id);
     m->lane->matching--;
@@ -3686,6 +3692,7 @@ static void netchan__ship(netchan__match *m) {
     f.has_value = true;
     f.value = *netchan__match_value(m);
     f.size = m->size;
+    f.lends = m->lends = m->size > NETCHAN__FRAGMENT && r->peer->keep;
     m->step = 3;
     m->position = r->peer->emit(r->peer, &f);
 }
@@ -3736,6 +3743,8 @@ static void netchan__unregister(netchan__waiter *w) {
     netchan__buf_free(&w->incoming.bytes);
     w->claim = 0;
     if (!w->id) return;
+    if (w->lends && w->peer) w->peer->keep(w->peer, false, w->id);
+    w->lends = false;
     netchan__map_remove(&netchan__net.waiters, w->id);
     if (w->here && w->peer) w->peer->offering -= w->size;
     w->here = false;
@@ -3789,6 +3798,7 @@ static void netchan__grant(netchan__waiter *w) {
         f.has_value = true;
         f.value = w->value;
         f.size = w->size;
+        f.lends = w->lends = w->size > NETCHAN__FRAGMENT && p->keep;
     }
     bool takes = w->claim_final && !w->is_send && w->announced == 0;
     op->engaged = w;
@@ -6381,10 +6391,11 @@ NETCHANDEF size_t netchan_cap(netchan *ch) {
  *       when it runs low.
  *
  * Copies of a value's bytes, beside those that mbedTLS makes within itself. On this side a value is written into the
- * stream once, and encrypted where it stands there, unless an acknowledgement goes with it; one larger than a fragment
- * is written whole before. On the other side ciphertext is read 64 KiB at a time and copied to where mbedTLS wants it,
- * and the value is decoded out of the record, or, if it is large and one block, put together where it stays; other
- * large values are decoded from where they were put together.
+ * stream once, and encrypted where it stands there, unless an acknowledgement goes with it. One larger than a fragment
+ * goes there piece by piece: from where it is, if it is one block; an array or a map is written whole before. On the
+ * other side ciphertext is read 64 KiB at a time and copied to where mbedTLS wants it, and the value is decoded out of
+ * the record, or, if it is large and one block, put together where it stays; other large values are decoded from where
+ * they were put together.
  * ================================================================================================================== */
 
 enum {
@@ -6403,13 +6414,16 @@ typedef struct netchan__name netchan__name;
 typedef struct netchan__asked netchan__asked;
 typedef struct netchan__wanted netchan__wanted;
 
-/* A large value on its way, in fragments. */
+/* A large value on its way, in fragments. One that is a single block of bytes or numbers is cut where it is, if it
+ * stays there. */
 typedef struct netchan__parcel netchan__parcel;
 struct netchan__parcel {
     netchan__parcel *next;
     bool from_home;
     uint64_t entry, match, id; /* id: what stands in the fragments */
     netchan__buf bytes;
+    const uint8_t *lent;       /* what follows them, in the value of a waiter of ours; its size: */
+    size_t lent_size;
     netchan_value ends;        /* an array of the channel ends in it: none is dropped before it was named */
 };
 
@@ -6699,6 +6713,31 @@ static void netchan__spare_nothing(netchan__session *s) {
     if (!netchan__buf_size(&s->out) && !s->pinned_by) netchan__buf_free(&s->out);
 }
 
+/* Can it be sent as it lies in memory, but for what comes before it? */
+static bool netchan__lies_as_sent(const netchan_value *v) {
+    return netchan__is_block(v) && !netchan__has_children(v) &&
+           (netchan__item_size(v->type) == 1 || netchan__little_endian());
+}
+
+/* Returns false when out of memory. */
+static bool netchan__fill_parcel(netchan__session *s, netchan__parcel *parcel, const netchan__frame *f) {
+    bool lent = f->lends && netchan__lies_as_sent(&f->value);
+    size_t size = (size_t)f->size;
+    if (lent) {
+        parcel->lent = (const uint8_t *)f->value.as.block.data;
+        parcel->lent_size = f->value.as.block.count * netchan__item_size(f->value.type);
+        size -= parcel->lent_size;
+    }
+    uint8_t *to = netchan__parcel_room(s, &parcel->bytes, size);
+    if (!to) return false;
+    parcel->bytes.end += size;
+    if (lent) {
+        uint8_t *length = netchan__write_varint(to + size, parcel->lent_size);
+        netchan__write_tag(length, netchan__block_tag(f->value.type));
+    }
+    return lent || (netchan__hold_ends(parcel, &f->value) && netchan__write_for(&s->peer, to + size, &f->value));
+}
+
 static void netchan__free_parcel(netchan__parcel *parcel) {
     netchan_clear(&parcel->ends);
     netchan__buf_free(&parcel->bytes);
@@ -6708,19 +6747,27 @@ static void netchan__free_parcel(netchan__parcel *parcel) {
 /* Queues a large value to be cut into fragments. */
 static uint64_t netchan__queue_parcel(netchan__session *s, const netchan__frame *f) {
     netchan__parcel *parcel = (netchan__parcel *)netchan__alloc(sizeof *parcel);
-    uint8_t *to = parcel ? netchan__parcel_room(s, &parcel->bytes, (size_t)f->size) : NULL;
-    if (!to || !netchan__hold_ends(parcel, &f->value) || !netchan__write_for(&s->peer, to + f->size, &f->value)) {
+    if (!parcel || !netchan__fill_parcel(s, parcel, f)) {
         if (parcel) netchan__free_parcel(parcel);
         netchan__breach(&s->peer, "out of memory for what is to be sent to it");
         return UINT64_MAX;
     }
     parcel->from_home = f->type == NETCHAN__COMMIT;
-    parcel->bytes.end += (size_t)f->size;
     parcel->entry = f->entry;
     parcel->match = f->match;
     parcel->id = parcel->from_home ? f->entry : f->match;
     netchan__append_parcel(s, parcel);
     return UINT64_MAX; /* netchan__shipped() will tell */
+}
+
+/* netchan__peer.keep. It happens when the other side ends what it has not received, or the session is over. */
+static void netchan__session_keep(netchan__peer *p, bool shipped, uint64_t entry) {
+    for (netchan__parcel *parcel = netchan__session_of(p)->parcels; parcel; parcel = parcel->next) {
+        if (parcel->entry != entry || parcel->from_home != shipped || !parcel->lent_size) continue;
+        if (!netchan__buf_append(&parcel->bytes, parcel->lent, parcel->lent_size))
+            netchan__breach(p, "out of memory for what is to be sent to it");
+        parcel->lent_size = 0;
+    }
 }
 
 /* netchan__peer.emit. After both farewells only what accounts for values is still of use: what else comes may find the
@@ -6755,19 +6802,31 @@ static uint64_t netchan__session_emit_data(netchan__peer *p, uint64_t channel, c
 /* netchan__peer.owe */
 static void netchan__session_owe(netchan__peer *p) { netchan__mark_pending(netchan__session_of(p), false); }
 
+/* Takes so many bytes of a parcel. */
+static void netchan__take_bytes(netchan__parcel *parcel, uint8_t *to, size_t count) {
+    size_t own = netchan__buf_size(&parcel->bytes);
+    if (own > count) own = count;
+    if (own) memcpy(to, parcel->bytes.data + parcel->bytes.start, own);
+    netchan__buf_pass(&parcel->bytes, own, true);
+    if (count == own) return;
+    memcpy(to + own, parcel->lent, count - own);
+    parcel->lent += count - own;
+    parcel->lent_size -= count - own;
+}
+
 /* Puts the next fragment of the first parcel into the stream; the parcels take turns. */
 static void netchan__cut_fragment(netchan__session *s) {
     netchan__parcel *parcel = s->parcels;
-    size_t size = netchan__buf_size(&parcel->bytes);
+    size_t size = netchan__buf_size(&parcel->bytes) + parcel->lent_size;
+    size_t count = size < NETCHAN__FRAGMENT ? size : (size_t)NETCHAN__FRAGMENT;
     netchan__frame f = netchan__new_frame(parcel->from_home ? NETCHAN__FRAGMENT_DOWN : NETCHAN__FRAGMENT_UP);
     f.entry = f.match = parcel->id;
-    f.count = size < NETCHAN__FRAGMENT ? size : (size_t)NETCHAN__FRAGMENT;
-    f.bytes = parcel->bytes.data + parcel->bytes.start;
-    s->peer.emit(&s->peer, &f);
-    netchan__buf_pass(&parcel->bytes, f.count, true);
+    uint8_t *to = s->bye_sent && s->bye_received ? NULL : netchan__append_frame(s, &f, count);
+    if (s->peer.breach) return; /* it was not sent, and never will be */
+    if (to) netchan__take_bytes(parcel, to, count);
     s->parcels = parcel->next;
     if (!s->parcels) s->last_parcel = NULL;
-    if (size > f.count) {
+    if (to && size > count) {
         netchan__append_parcel(s, parcel);
         return;
     }
@@ -7122,6 +7181,7 @@ static void netchan__session_lost(netchan__session *s) {
     netchan__peer *p = &s->peer;
     netchan__queue unsent = {NULL, NULL}, none = {NULL, NULL};
     p->down = true;
+    netchan__drop_parcels(s); /* the values that they read may go */
     if (p->send) {
         netchan__take_back(s, &unsent);
         if (s->bye_sent && s->bye_received && !s->returns) p->send->in_flight = 0; /* it arrived */
@@ -7677,6 +7737,7 @@ static netchan__session *netchan__make_session(netchan__wire *w, const uint8_t *
     netchan__peer *p = &s->peer;
     p->emit = netchan__session_emit;
     p->emit_data = netchan__session_emit_data;
+    p->keep = netchan__session_keep;
     p->owe = netchan__session_owe;
     p->number = ++netchan__net.last_peer;
     if (!netchan__map_put(&netchan__net.by_number, p->number, p)) {

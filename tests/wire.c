@@ -953,6 +953,45 @@ static void test_large_values(void) {
     close_room(&m);
 }
 
+/* Who says that it has a value before it has is believed; what is still to be sent of it is right nevertheless. */
+static void test_a_large_value_taken_too_soon(void) {
+    enum { SIZE = 3 * NETCHAN_WINDOW, HEAD = 4 }; /* most of it waits until the rest is acknowledged */
+    room m = open_room();
+    raw *r = raw_join_first(m.l->address);
+    uint8_t *value = (uint8_t *)malloc(SIZE);
+    bytes b;
+    frame f;
+    task t;
+    CHECK(value != NULL);
+    for (size_t i = 0; i < SIZE; i++) value[i] = (uint8_t)(i * 7 + i / 256);
+    b.size = 0;
+    PUT(&b, DEMAND, 1, 1, 1, FIRM, 0);
+    raw_say(r, &b);
+    start_send(&t, m.l->send, netchan_bytes(value, SIZE), 1, LONG);
+    EXPECT(r, &f, CLAIM, 1);
+    uint64_t match = get_number(&f);
+    PUT(&b, GRANT, match, 0);
+    raw_say(r, &b);
+    EXPECT(r, &f, COMMIT, 1, match, 0, SIZE + HEAD);
+    PUT(&b, TAKEN, match);
+    raw_say(r, &b);
+    CHECK_INT(end_task(&t), NETCHAN_OK); /* and what it sent is freed */
+    for (size_t at = 0, size; at < SIZE + HEAD; at += size) {
+        EXPECT(r, &f, FRAGMENT_DOWN, 1);
+        size = f.size - f.at;
+        size_t head = at ? 0 : HEAD;
+        CHECK(size > head && size <= SIZE + HEAD - at);
+        CHECK(memcmp(f.body + f.at + head, value + at + head - HEAD, size - head) == 0);
+        PUT(&b, ACK, r->received);
+        raw_say(r, &b);
+    }
+    free(value);
+    check_quiet(r);
+    raw_close(r);
+    check_good(&m);
+    close_room(&m);
+}
+
 /* Capacity, credit, close and farewell. */
 static void test_buffered_values(void) {
     room m = open_room();
@@ -2786,6 +2825,7 @@ int main(int argc, char **argv) {
         TEST(offers),
         TEST(demands),
         TEST(large_values),
+        TEST(a_large_value_taken_too_soon),
         TEST(buffered_values),
         TEST(the_listener_says_farewell),
         TEST(resume),
