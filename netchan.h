@@ -3198,13 +3198,12 @@ static bool netchan__is_too_big(const netchan__waiter *r, const netchan_value *v
     return full;
 }
 
-/* Is what this sender has too big for every process that could receive it? While there is none, nobody knows. */
-static bool netchan__fits_nobody(const netchan *ch, const netchan__waiter *s) {
+/* Is this value too big for every process that could receive it from the lane? While there is none, nobody knows. */
+static bool netchan__fits_nobody(const netchan *ch, const netchan__lane *lane, const netchan_value *v, size_t size) {
     bool nobody = false;
     for (const netchan__peer *p = ch->plain ? netchan__net.peers : NULL; p; p = p->next_peer) {
-        if (s->lane && s->lane->is_direct ? p != s->lane->only : p->work != ch) continue;
-        if (s->size <= p->their_message &&
-            (!netchan__has_ends(&s->value) || netchan__count_ends(&s->value) <= p->their_ends))
+        if (lane && lane->is_direct ? p != lane->only : p->work != ch) continue;
+        if (size <= p->their_message && (!netchan__has_ends(v) || netchan__count_ends(v) <= p->their_ends))
             return false;
         nobody = true;
     }
@@ -3229,7 +3228,7 @@ static bool netchan__serve_one(netchan__lane *lane, netchan__waiter *r) {
     for (; s; s = s->next) {
         if (netchan__is_stale(s) || netchan__same_op(s, r) || !netchan__can_ask(s)) continue;
         if (!netchan__is_too_big(r, &s->value, s->size)) break;
-        if (!netchan__fits_nobody(ch, s) ||
+        if (!netchan__fits_nobody(ch, s->lane, &s->value, s->size) ||
             (s->op && !netchan__change_state(s->op, NETCHAN__OPEN, NETCHAN__ENGAGED)))
             continue;
         netchan__dequeue(s);
@@ -5680,7 +5679,7 @@ static void netchan__attempt(netchan__waiter *w) {
         netchan__finish(w->op, w, ch->gone ? NETCHAN_ELOST : w->starved ? NETCHAN_ENOMEM : NETCHAN_ENOPEER);
     } else if (ch->is_end) {
         netchan__pair_end(ch);
-    } else if (w->is_send && netchan__fits_nobody(ch, w)) {
+    } else if (w->is_send && netchan__fits_nobody(ch, w->lane, &w->value, w->size)) {
         netchan__change_state(w->op, NETCHAN__OPEN, NETCHAN__ENGAGED);
         netchan__finish(w->op, w, NETCHAN_ETOOBIG);
     } else {
@@ -5920,10 +5919,13 @@ static int netchan__operate_one(netchan_case *c, uint64_t to, int timeout_ms) {
 /* Into a buffer at home. The value is moved. */
 static bool netchan__put_quickly(netchan *ch, netchan_value *v, const netchan__measure *m) {
     netchan__lane *lane = &ch->lane;
-    if (ch->is_end || ch->plain || ch->closing || ch->gone || ch->receivers.head || lane->senders.head) return false;
-    if (ch->receivers_lost || !netchan__slot_free(lane) || !netchan__lane_room(lane)) return false;
+    bool waited_for = ch->receivers.head != NULL;
+    if (ch->is_end || ch->closing || ch->gone || (waited_for && !ch->plain) || lane->senders.head) return false;
+    if (!lane->cap || ch->receivers_lost || !netchan__slot_free(lane)) return false;
+    if ((ch->plain && netchan__fits_nobody(ch, lane, v, m->wire)) || !netchan__lane_room(lane)) return false;
     netchan__lane_push(lane, v, m->wire, m->block, 0);
     netchan__update_ready(lane);
+    if (waited_for) netchan__mark_dirty(ch);
     return true;
 }
 
