@@ -3501,6 +3501,7 @@ static void netchan__begin_match(netchan__lane *lane, netchan__waiter *s, netcha
         lane->out++;
         m->pinned = !r->firm;
         lane->pinned += m->pinned;
+        if (lane->peer && lane->senders.head) netchan__lane_has_room(lane); /* there is more memory for large values */
     }
     if (r) {
         netchan__dequeue(r);
