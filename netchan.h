@@ -185,10 +185,12 @@
  *     10 OFFER channel, entry, op, flags, [process (16 bytes)], size, [value]    E: a send waits. On channel 0 with
  *               capacity it costs a credit, and is for large values only. flags: 1 op has several cases, 2 try (answer
  *               WITHDRAWN at once if nobody takes it), 4 firm (never declined), 8 the value is here and the home's to
- *               match (not to who relays), 16 relayed: process tells whose operation it is, else it is E's
+ *               match (not to who relays), 16 relayed: process tells whose operation it is, else it is E's; 32 ahead:
+ *               see below
  *     11 DEMAND channel, entry, op, flags, [process], size    E: a receive waits. Flags as above. size: the largest
  *               value that it takes; 0: max_message
- *     12 WITHDRAW entry          E: this entry no longer waits (a DECLINE may follow it)
+ *     12 WITHDRAW entry          E: this entry no longer waits (a DECLINE may follow it). For a firm one, WITHDRAWN is
+ *               the answer: no claim of it comes after that
  *     13 GRANT match, size, [value]    E: the claim is accepted; a sender's carries the value
  *     14 DECLINE match, n        E: the claim is refused, its entry is gone. n is 1 from who relayed a value to a
  *               process that was lost and may have taken it; then, and with 0 when it has not got it, also in answer
@@ -208,7 +210,7 @@
  *     22 RELEASE entry, match    H: the grant is not used, the entry waits again
  *     23 ACCEPT entry, result    H: a send is over; or, with a result that is not 0, any entry. result: 0 OK, else the
  *               negated result code
- *     24 WITHDRAWN entry         H: the answer to a try that found nobody
+ *     24 WITHDRAWN entry         H: the answer to a try that found nobody, and to WITHDRAW
  *     25 CREDIT channel, n, left    L: n more values may be sent; `left` of those sent before have left the buffer
  *     26 CLOSED channel          H, to receiver ends: after the last value
  *     27 RETURN channel, size, bytes    L hangs up: a value that nobody received; in parts if it is large, one after
@@ -223,12 +225,16 @@
  *     Who gives ends away keeps to the other side's max_ends as it knows it when it matches a value; more than twice as
  *     many are a breach. Entry and match numbers are not 0; OFFER and DEMAND share one space of entries. A final CLAIM
  *     to a receive carries its value, if that is no large one, and its GRANT ends the match; else COMMIT brings it, and
- *     TAKEN follows. A GRANT for a receive has size 0. The values of all OFFERs with flag 8 may count max_memory / 96
- *     bytes. A CLAIM that is not answered for six times ping_ms and twice resume_ms of H is a breach; for a relayed
- *     entry, four times that. So is an entry that H has engaged, and neither ends nor releases, and a try that it does
- *     not answer, for four times those of E. Time without a link counts a quarter. Unknown types are skipped. size is
- *     the encoded size of the value; a value over 16,256 bytes is never in the frame that names its size: it is shipped
- *     in FRAGMENTs after GRANT or COMMIT.
+ *     TAKEN follows. A GRANT for a receive has size 0. A DEMAND on channel 1 with flags 4 and 32 is no receive, but
+ *     room for one value out of L's buffer before there is a receive; there may be 16, beside max_ops. L serves them
+ *     when no receive waits. D grants the claim when the value is received, with size 1 if the entry is to wait for
+ *     another; or declines it, and then may have withdrawn others: it demands nothing new until the last of these is
+ *     answered, or values would be received out of their order. The values of all OFFERs with flag 8 may count
+ *     max_memory / 96 bytes. A CLAIM that is not answered for six times ping_ms and twice resume_ms of H is a breach;
+ *     for a relayed entry, four times that. So is an entry that H has engaged, and neither ends nor releases, and a
+ *     try that it does not answer, for four times those of E. Time without a link counts a quarter. Unknown types are
+ *     skipped. size is the encoded size of the value; a value over 16,256 bytes is never in the frame that names its
+ *     size: it is shipped in FRAGMENTs after GRANT or COMMIT.
  *     The commit protocol is described at [9], relays at [10].
  */
 
@@ -1957,6 +1963,10 @@ enum { NETCHAN__FRAME_MAX = 16384, NETCHAN__FRAGMENT = NETCHAN__FRAME_MAX - 128 
  * here. */
 enum { NETCHAN__SWELL = 24 };
 
+/* Values of a work queue that one peer may have before it receives them, and the bytes of one of them, at most. How
+ * long they may wait there, and between two receives for which it is worth while. */
+enum { NETCHAN__EARLY_MOST = 16, NETCHAN__EARLY_SIZE = 1024, NETCHAN__EARLY_MS = 5, NETCHAN__EARLY_PACE_MS = 1 };
+
 /* Of x86 and most ARM; where they are longer, only time is lost. */
 enum { NETCHAN__CACHE_LINE = 64 };
 
@@ -1999,7 +2009,8 @@ struct netchan__waiter {
     size_t size, memory;   /* its encoded bytes, and what it occupies at home */
     bool is_send, multi;   /* multi: the operation has several cases */
     bool is_try;           /* answer at once */
-    bool firm;             /* never declined: one case, no timeout */
+    bool firm;             /* never declined: one case, no timeout; or ahead */
+    bool ahead;            /* no receive, but room for a value that comes before there is one: see [9] */
     bool here;             /* the value is at home, and so the home's to match */
     bool withdrawn;        /* goes when its match falls through */
     bool lost;             /* its process is gone; at an end: its home, or that has ended it with `refused` */
@@ -2031,6 +2042,7 @@ typedef struct netchan__remote {
     bool relayed;           /* it comes from a process that relays it */
     uint64_t channel;       /* the number by which its process knows the channel */
     size_t most;            /* a receiver: the largest value that it takes */
+    bool again;             /* ahead: it waits for another value when its match is over */
     /* At an end, see [10]. waiter.claim is the match of the home. */
     netchan__peer *up;      /* the home, or the next on the way; NULL: it is not registered there */
     uint64_t up_id;         /* as what */
@@ -2134,6 +2146,7 @@ struct netchan {
     bool shared; /* atomic: other processes use it, or did */
     bool plain; /* what is sent leaves this process: a channel of a link */
     netchan__queue receivers;
+    netchan__queue ahead; /* what waits for values that come early: at home that of peers, at an end ours */
     netchan__lane lane; /* the only one, unless is_merge; at an end: its senders, and cap */
     netchan__lane *lanes;
     netchan__lane *ready, *last_ready; /* lanes from which a receiver could take something, in turn */
@@ -2229,7 +2242,14 @@ enum netchan__frame_type {
 };
 
 /* OFFER and DEMAND */
-enum { NETCHAN__MULTI = 1, NETCHAN__TRY = 2, NETCHAN__FIRM = 4, NETCHAN__HERE = 8, NETCHAN__RELAYED = 16 };
+enum {
+    NETCHAN__MULTI = 1,
+    NETCHAN__TRY = 2,
+    NETCHAN__FIRM = 4,
+    NETCHAN__HERE = 8,
+    NETCHAN__RELAYED = 16,
+    NETCHAN__AHEAD = 32
+};
 enum { NETCHAN__FINAL = 1, NETCHAN__REDELIVERED = 2, NETCHAN__UNHURRIED = 4 };     /* CLAIM and COMMIT */
 
 /* One message of the commit protocol, as the wire section at the top describes it. */
@@ -2261,6 +2281,7 @@ struct netchan__peer {
     uint64_t sent;       /* the position up to which the stream was given to a link: what is after it never left */
     bool down;           /* the link is broken; the session waits for the next */
     netchan__map waiters; /* at home: the waiters of this process, by id */
+    size_t ahead, given_up; /* of these, those that are for values that come early; that were, and wait for an answer */
     size_t max_ops;       /* how many there may be */
     size_t max_message, max_memory; /* our limits */
     size_t their_message, their_memory; /* theirs */
@@ -2286,6 +2307,7 @@ struct netchan__peer {
     bool farewell;        /* it said farewell: what it has not accepted by then it never took */
     uint64_t taken, returned; /* values known to be taken by it; handed back, to be sent again */
     size_t handed_back;   /* at home: values that were in its lane and go back to it */
+    size_t undelivered;   /* values for it alone that nobody took */
     uint64_t unknown;     /* values whose fate only the peer knew, counted when it is lost */
     netchan_stats *stats; /* of its link */
     uint64_t patience;    /* nanoseconds that it may take to answer a claim */
@@ -2368,7 +2390,7 @@ static NETCHAN__OUT_OF_LINE void netchan__dequeue(netchan__waiter *w) {
 }
 
 static netchan__queue *netchan__queue_of(netchan__waiter *w) {
-    if (!w->is_send) return &w->ch->receivers;
+    if (!w->is_send) return w->ahead ? &w->ch->ahead : &w->ch->receivers;
     return w->lane ? &w->lane->senders : &w->ch->lane.senders;
 }
 
@@ -2572,8 +2594,11 @@ static void netchan__finish_receive(netchan__waiter *r, netchan_value *v, uint64
 static void netchan__forget(netchan__waiter *w) {
     netchan__dequeue(w);
     if (w->lane) netchan__update_ready(w->lane);
-    if (w->peer) netchan__map_remove(&w->peer->waiters, w->id);
-    if (w->peer && w->here) w->peer->offered -= w->size;
+    if (w->peer) {
+        netchan__map_remove(&w->peer->waiters, w->id);
+        *(w->withdrawn ? &w->peer->given_up : &w->peer->ahead) -= w->ahead;
+        if (w->here) w->peer->offered -= w->size;
+    }
     netchan_clear(&w->value);
     if (w->held) netchan_free(w->ch);
     NETCHAN_FREE(w);
@@ -3219,9 +3244,17 @@ static bool netchan__starve(netchan__waiter *r) {
     return true;
 }
 
+/* May the next value go to a peer before that receives it? One with ends has to be named anew when it comes back. */
+static bool netchan__goes_early(const netchan__lane *lane) {
+    if (!lane->cap || !netchan__held(lane)) return false;
+    const netchan__slot *slot = netchan__front(lane);
+    return slot->size <= NETCHAN__EARLY_SIZE && !netchan__has_ends(&slot->value);
+}
+
 /* Brings a receiver that waits together with what the lane has. Returns whether something happened. */
 static bool netchan__serve_one(netchan__lane *lane, netchan__waiter *r) {
     netchan *ch = lane->ch;
+    if (r->ahead && !netchan__goes_early(lane)) return false;
     if (netchan__is_stale(r)) netchan__dequeue(r);
     if (!r->queue || (!r->op && r->peer->down)) return false; /* others may wait, or come */
     netchan__waiter *s = lane->cap ? NULL : lane->senders.head;
@@ -3245,27 +3278,39 @@ static bool netchan__serve_one(netchan__lane *lane, netchan__waiter *r) {
     return true;
 }
 
-/* Brings one receiver together with what a lane has. Returns false when there is no such pair. */
-static bool netchan__serve(netchan *ch) {
-    netchan__lane *next_lane;
-    for (netchan__lane *lane = ch->ready; lane && ch->receivers.head; lane = next_lane) {
-        next_lane = lane->next_ready;
-        netchan__waiter *next;
-        for (netchan__waiter *r = ch->receivers.head; r; r = next) {
-            next = r->next;
-            if (netchan__serve_one(lane, r)) return true;
-        }
+/* Brings one of those in the queue together with what a lane has. Returns false when there is no such pair. */
+static bool netchan__serve_queue(const netchan__queue *q, netchan__lane *lane) {
+    netchan__waiter *next;
+    for (netchan__waiter *r = q->head; r; r = next) {
+        next = r->next;
+        if (netchan__serve_one(lane, r)) return true;
     }
     return false;
 }
 
-/* A receive of this peer that waits on the channel, or NULL. */
-static netchan__waiter *netchan__receiver_of(const netchan__peer *p, const netchan *ch) {
-    for (size_t i = 0; i < p->waiters.cap; i++) {
-        netchan__waiter *w = (netchan__waiter *)netchan__map_at(&p->waiters, i);
-        if (w && w->queue == &ch->receivers) return w;
+/* Brings one receiver together with what a lane has; if there is none, a value goes where one may come. Returns false
+ * when there is no such pair. */
+static bool netchan__serve(netchan *ch) {
+    netchan__lane *next;
+    for (netchan__lane *lane = ch->ready; lane && (ch->receivers.head || ch->ahead.head); lane = next) {
+        next = lane->next_ready;
+        if (netchan__serve_queue(&ch->receivers, lane)) return true;
+        if (netchan__goes_early(lane) && netchan__serve_queue(&ch->ahead, lane)) return true;
     }
-    return NULL;
+    return false;
+}
+
+/* A receive that waits on the channel, of the peer that the lane is for, or, if there is none, its room for a value
+ * that comes early, or NULL. */
+static netchan__waiter *netchan__receiver_for(const netchan__lane *lane) {
+    const netchan__map *waiters = &lane->only->waiters;
+    netchan__waiter *room = NULL;
+    for (size_t i = 0; i < waiters->cap; i++) {
+        netchan__waiter *w = (netchan__waiter *)netchan__map_at(waiters, i);
+        if (w && w->queue == &lane->ch->receivers) return w;
+        if (w && w->queue == &lane->ch->ahead) room = w;
+    }
+    return room;
 }
 
 /* Gives its values to the one process that a lane is for. */
@@ -3274,7 +3319,7 @@ static void netchan__serve_only(netchan__lane *lane) {
     do {
         netchan__fill(lane);
         bool ready = lane->cap ? netchan__held(lane) && !lane->pinned : lane->senders.head != NULL;
-        r = ready ? netchan__receiver_of(lane->only, lane->ch) : NULL;
+        r = ready ? netchan__receiver_for(lane) : NULL;
     } while (r && netchan__serve_one(lane, r));
 }
 
@@ -3330,6 +3375,7 @@ static void netchan__end_receivers(netchan *ch, int result) {
             netchan__forget(r); /* its process learns from CLOSED what is closed */
         }
     } /* who is engaged looks at its cases when it is released */
+    while (ch->ahead.head) netchan__forget(ch->ahead.head); /* likewise */
 }
 
 static void netchan__finish_close(netchan *ch) {
@@ -3562,6 +3608,7 @@ static void netchan__claim_remote(netchan__match *m, netchan__waiter *w, bool fi
         f.has_value = true;
         f.value = *netchan__match_value(m);
     }
+    f.lazy = w->ahead;
     if (w->is_send && !m->charge) {
         m->announced = w->size > NETCHAN__FRAGMENT ? w->size : 0;
         m->charge = netchan__swollen(w->peer, w->size);
@@ -3667,6 +3714,18 @@ static void netchan__fall_through(netchan__match *m, bool locked) {
     netchan__free_match(m);
 }
 
+/* A remote receive is over; room for values that come early may be there for another one. */
+static void netchan__end_receiver(netchan__waiter *r) {
+    const netchan__remote *remote = (const netchan__remote *)(const void *)r;
+    if (!remote->again || r->lost || r->withdrawn || r->peer->leaving || r->ch->closed) {
+        netchan__forget(r);
+        return;
+    }
+    netchan__enqueue(netchan__queue_of(r), r, false);
+    netchan__mark_dirty(r->ch);
+    if (r->peer->direct) netchan__lane_changed(r->peer->direct);
+}
+
 /* Everything is decided and the sender is to learn it. taker: who has the value. */
 static void netchan__end_match(netchan__match *m, int result, uint64_t taker) {
     netchan__waiter *s = m->sender, *r = m->receiver;
@@ -3677,7 +3736,7 @@ static void netchan__end_match(netchan__match *m, int result, uint64_t taker) {
         r->peer->stats->values_sent++;
         if (r->ch->on_taken) r->ch->on_taken(r->ch, netchan__match_value(m));
     }
-    if (r && !r->op) netchan__forget(r);
+    if (r && !r->op) netchan__end_receiver(r);
     if (s) netchan__finish_sender(s, result, taker);
     netchan__free_match(m);
 }
@@ -4668,9 +4727,14 @@ static netchan *netchan__channel_of(const netchan__peer *p, uint64_t channel, bo
 /* What is wrong with an OFFER or DEMAND for this channel; NULL: nothing. */
 static const char *netchan__waiter_breach(const netchan__peer *p, const netchan__frame *f, const netchan *ch) {
     bool is_send = f->type == NETCHAN__OFFER, here = (f->flags & NETCHAN__HERE) != 0;
+    bool ahead = (f->flags & NETCHAN__AHEAD) != 0;
     if (!ch || !f->entry || netchan__map_get(&p->waiters, f->entry) || here != f->has_value || (here && ch->is_end))
         return "it offered or demanded on a channel that does not exist, or twice";
-    if (p->waiters.count >= p->max_ops || (is_send && f->size > p->max_message) ||
+    uint64_t kind = f->flags & (NETCHAN__MULTI | NETCHAN__TRY | NETCHAN__FIRM | NETCHAN__RELAYED);
+    if (ahead && (f->channel != 1 || kind != NETCHAN__FIRM || is_send || p->ahead >= NETCHAN__EARLY_MOST))
+        return "it asked for more values ahead of receives than it may";
+    size_t others = p->ahead + (p->given_up < NETCHAN__EARLY_MOST ? p->given_up : (size_t)NETCHAN__EARLY_MOST);
+    if ((!ahead && p->waiters.count - others >= p->max_ops) || (is_send && f->size > p->max_message) ||
         (here && p->offered + f->size > netchan__offer_limit(p->max_memory)))
         return "it has more operations than max_ops, or larger ones than max_message and max_memory";
     if (f->channel == 0 && p->lane->cap && !p->lane->closing && !p->lane->lent) return "it offered without credit";
@@ -4707,6 +4771,8 @@ static netchan__remote *netchan__make_remote(netchan__peer *p, netchan__frame *f
     w->multi = f->flags & NETCHAN__MULTI;
     w->is_try = f->flags & NETCHAN__TRY;
     w->firm = (f->flags & NETCHAN__FIRM) && !w->multi && !w->is_try;
+    w->ahead = f->flags & NETCHAN__AHEAD;
+    p->ahead += w->ahead;
     w->here = f->flags & NETCHAN__HERE;
     if (w->here) p->offered += w->size;
     if (f->channel == 0 && p->lane->cap && !p->lane->closing) p->lane->lent--;
@@ -4728,6 +4794,14 @@ static void netchan__pair_waiter(netchan *ch, netchan__waiter *w) {
     w = (netchan__waiter *)netchan__map_get(&p->waiters, id);
     if (w && w->queue && !is_send) netchan__pair_receiver(ch, w);
     else netchan__pair(ch);
+}
+
+/* A value on a claim that can be declined holds up those behind it. So before there is one more, those that became free
+ * with this record go to rooms. */
+static void netchan__serve_rooms(netchan__peer *p, netchan *ch) {
+    if (!ch->is_dirty || !ch->ready || !ch->ahead.head) return;
+    if (p->direct && p->direct->ch == ch) netchan__serve_only(p->direct);
+    netchan__pair(ch);
 }
 
 static void netchan__on_waiter(netchan__peer *p, netchan__frame *f) {
@@ -4757,7 +4831,9 @@ static void netchan__on_waiter(netchan__peer *p, netchan__frame *f) {
         netchan__finish_sender(w, NETCHAN_ELOST, 0);
         return;
     }
-    netchan__enqueue(netchan__queue_of(w), w, false);
+    if (!w->is_send && !w->firm) netchan__serve_rooms(p, ch);
+    bool serves = !w->ahead || !p->no_redelivery; /* see netchan__queue_rooms() */
+    if (serves) netchan__enqueue(netchan__queue_of(w), w, false);
     netchan__pair_waiter(ch, w);
     w = (netchan__waiter *)netchan__map_get(&p->waiters, f->entry); /* it may be gone now */
     if (!w || !w->is_try) return;
@@ -4814,13 +4890,17 @@ static void netchan__on_drop(netchan__peer *p, netchan__frame *f) {
 static void netchan__on_withdraw(netchan__peer *p, netchan__frame *f) {
     netchan__waiter *w = (netchan__waiter *)netchan__map_get(&p->waiters, f->entry);
     if (!w) return;
+    if (w->firm && !w->ch->is_end) netchan__emit_entry(w, NETCHAN__WITHDRAWN, 0, 0); /* see E2 */
     netchan__lane *lane = w->lane;
     if (w->ch->is_end) { /* one that was claimed answers the claim */
         if (netchan__remote_of(w)->step == NETCHAN__IDLE) netchan__relay_withdraw(netchan__remote_of(w));
         return;
     }
-    if (w->match) w->withdrawn = true;
-    else netchan__forget(w);
+    if (w->match) {
+        p->ahead -= w->ahead && !w->withdrawn;
+        p->given_up += w->ahead && !w->withdrawn;
+        w->withdrawn = true;
+    } else netchan__forget(w);
     if (lane) netchan__lane_changed(lane);
 }
 
@@ -4841,10 +4921,13 @@ static void netchan__locked(netchan__match *m) {
 static void netchan__on_grant(netchan__peer *p, netchan__frame *f) {
     netchan__match *m = netchan__answered(p, f->match, -1);
     netchan__waiter *w = m ? netchan__party(m, m->step) : NULL;
-    if (!w || m->granted || (w->is_send && f->size != w->size) || (!w->is_send && f->has_value)) {
+    bool again = w && !w->is_send && f->size;
+    if (!w || m->granted || (w->is_send && f->size != w->size) || (!w->is_send && f->has_value) ||
+        (again && !w->ahead)) {
         netchan__breach(p, "it granted what was not claimed");
         return;
     }
+    if (!w->is_send) netchan__remote_of(w)->again = again;
     if (w->is_send && f->has_value) {
         m->value = f->value;
         m->memory = f->memory;
@@ -5163,8 +5246,20 @@ static void netchan__each_import(netchan__peer *p, void (*f)(netchan__peer *p, n
         if (p->imports.slots[i].key) f(p, (netchan *)p->imports.slots[i].item);
 }
 
+/* Those that can be served are in the queue: nobody is to look at thousands of others. Without redelivery that is none:
+ * if the peer died, nobody would know whether it had taken what came early. */
+static void netchan__queue_rooms(netchan__peer *p) {
+    for (size_t i = 0; i < p->waiters.cap && p->ahead; i++) {
+        netchan__waiter *w = (netchan__waiter *)netchan__map_at(&p->waiters, i);
+        if (!w || !w->ahead || w->match) continue;
+        netchan__dequeue(w);
+        if (!p->down && !p->no_redelivery) netchan__enqueue(netchan__queue_of(w), w, false);
+    }
+}
+
 static void netchan__peer_down(netchan__peer *p) {
     p->down = true;
+    netchan__queue_rooms(p);
     if (p->send) netchan__end_down(p, p->send);
     if (p->recv) netchan__end_down(p, p->recv);
     netchan__each_import(p, netchan__end_down);
@@ -5180,6 +5275,7 @@ static void netchan__peer_up(netchan__peer *p) {
     p->down = false;
     if (p->send) netchan__register_all(p->send);
     if (p->recv) netchan__register_all(p->recv);
+    netchan__queue_rooms(p);
     netchan__each_import(p, netchan__end_back);
     netchan__mark_exports(p);
     if (p->work) netchan__mark_dirty(p->work);
@@ -5299,10 +5395,14 @@ static bool netchan__end_negotiations(netchan__peer *p) {
 static size_t netchan__end_direct(netchan__peer *p) {
     netchan__lane *lane = p->direct;
     if (!lane) return 0;
-    size_t count = netchan__held(lane);
+    size_t count = 0;
     p->direct = NULL;
     lane->only = NULL;
     lane->closing = true;
+    for (size_t i = lane->first; i != lane->last; i++) {
+        if (netchan__slot_at(lane, i)->redelivered) p->unknown++;
+        else count++;
+    }
     netchan__lane_empty(lane);
     netchan__end_senders(lane, NETCHAN_ELOST);
     netchan__lane_changed(lane); /* it is freed when no match needs it */
@@ -5332,6 +5432,7 @@ static void netchan__home_lost(netchan__peer *p) {
     for (size_t i = 0; i < p->waiters.cap; i++)
         if (p->waiters.slots[i].key) ((netchan__waiter *)p->waiters.slots[i].item)->lost = true;
     while (netchan__end_negotiations(p)) continue;
+    p->undelivered = netchan__end_direct(p); /* with what came back */
     netchan__leave(p);
     for (size_t i = 0; i < p->waiters.cap; i++)
         if (p->waiters.slots[i].key) ((netchan__waiter *)p->waiters.slots[i].item)->peer = NULL;
@@ -5920,7 +6021,7 @@ static int netchan__operate_one(netchan_case *c, uint64_t to, int timeout_ms) {
 /* Into a buffer at home. The value is moved. */
 static bool netchan__put_quickly(netchan *ch, netchan_value *v, const netchan__measure *m) {
     netchan__lane *lane = &ch->lane;
-    bool waited_for = ch->receivers.head != NULL;
+    bool waited_for = ch->receivers.head || ch->ahead.head;
     if (ch->is_end || ch->closing || ch->gone || (waited_for && !ch->plain) || lane->senders.head) return false;
     if (!lane->cap || ch->receivers_lost || !netchan__slot_free(lane)) return false;
     if ((ch->plain && netchan__fits_nobody(ch, lane, v, m->wire)) || !netchan__lane_room(lane)) return false;
@@ -7434,7 +7535,7 @@ static void netchan__take_aside(netchan__session *s) {
         w->ch = w->is_send ? s->own_recv : s->own_send;
         if (w->is_send || !w->queue) continue;
         netchan__dequeue(w);
-        netchan__enqueue(&s->own_send->receivers, w, false);
+        netchan__enqueue(netchan__queue_of(w), w, false);
     }
     p->work = s->own_send;
     if (p->direct) netchan__move_lane(p->direct, s->own_send);
@@ -7805,9 +7906,8 @@ static void netchan__end_session(netchan__session *s, const char *reason) {
     if (p->lane && !merged) p->lane->hub = NULL; /* it stays with its channel */
     netchan__unlink_session(s);
     netchan__end_questions(s);
-    size_t undelivered = netchan__end_direct(p);
     netchan__session_lost(s);
-    undelivered += netchan__end_own_channels(s, drained);
+    size_t undelivered = p->undelivered + netchan__end_own_channels(s, drained);
     h->undelivered += undelivered;
     h->unknown += p->unknown;
     h->unreceived += drained ? 0 : p->handed_back;

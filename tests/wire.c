@@ -373,6 +373,9 @@ static void test_lies_after_the_greeting(void) {
     PUT(&b, OFFER, 1, 1, 1, 0, 1), ATTACK("does not exist");
     PUT(&b, OFFER, 9, 1, 1, 0, 1), ATTACK("does not exist");
     PUT(&b, DEMAND, 0, 1, 1, 0, 0), ATTACK("does not exist");
+    PUT(&b, DEMAND, 1, 1, 1, AHEAD, 0), ATTACK("ahead of receives");
+    for (uint64_t i = 1; i <= 17; i++) PUT(&b, DEMAND, 1, i, i, FIRM | AHEAD, 0);
+    ATTACK("ahead of receives");
     PUT(&b, OFFER, 0, 1, 1, 0, 1), PUT(&b, OFFER, 0, 1, 2, 0, 1), ATTACK("twice");
     PUT(&b, DEMAND, 1, 1, 1, MULTI, 0), PUT(&b, OFFER, 0, 1, 1, MULTI, 1), ATTACK("twice");
     PUT(&b, OFFER, 0, 1, 1, 0, UINT64_MAX), ATTACK("max_message");
@@ -894,6 +897,243 @@ static void test_demands(void) {
     check_quiet(r);
     raw_close(r);
     close_room(&m);
+}
+
+/* A claim that carries a number. Returns the match. */
+static uint64_t expect_number(raw *r, uint64_t entry, int number) {
+    frame f;
+    EXPECT(r, &f, CLAIM, entry);
+    uint64_t match = get_number(&f);
+    CHECK_INT(get_number(&f) & FINAL, FINAL);
+    CHECK_INT(get_number(&f), 1);
+    uint8_t value = (uint8_t)number;
+    check_rest(&f, &value, 1);
+    return match;
+}
+
+/* Asks for so many values ahead of receives: entries 1, 2, ... */
+static void ask_ahead(raw *r, uint64_t count) {
+    bytes b;
+    b.size = 0;
+    for (uint64_t i = 1; i <= count; i++) PUT(&b, DEMAND, 1, i, i, FIRM | AHEAD, 0);
+    raw_say(r, &b);
+    check_quiet(r);
+}
+
+/* A listener's side of values that come before their receives: receives are served first; only what lies in a buffer,
+ * is small and holds no ends comes early; and what is given back comes again, in its old place. */
+static void test_values_ahead_of_receives(void) {
+    netchan_options o = options();
+    o.buffer = 8;
+    room m = open_room_with(&o);
+    raw *r = raw_join_first(m.l->address);
+    bytes b;
+    frame f;
+    b.size = 0;
+    ask_ahead(r, 3);
+    PUT(&b, DEMAND, 1, 4, 4, FIRM, 0);
+    raw_say(r, &b);
+    check_quiet(r);
+    for (int i = 1; i <= 5; i++) CHECK_INT(netchan_send(m.l->send, netchan_int(i), LONG), NETCHAN_OK);
+    uint64_t receive = expect_number(r, 4, 1), m2 = expect_number(r, 1, 2), m3 = expect_number(r, 2, 3);
+    uint64_t m4 = expect_number(r, 3, 4);
+    check_quiet(r);
+    CHECK_INT(netchan_len(m.l->send), 5); /* none is taken */
+    PUT(&b, GRANT, receive, 0);
+    PUT(&b, GRANT, m2, 1); /* and another, please */
+    raw_say(r, &b);
+    uint64_t m5 = expect_number(r, 1, 5);
+    CHECK_INT(netchan_len(m.l->send), 3);
+
+    PUT(&b, DECLINE, m4, 0); /* back to its place, and to the receive that comes */
+    PUT(&b, DECLINE, m3, 0);
+    PUT(&b, DEMAND, 1, 5, 5, FIRM, 0);
+    raw_say(r, &b);
+    receive = expect_number(r, 5, 3);
+    PUT(&b, GRANT, receive, 0);
+    PUT(&b, GRANT, m5, 0); /* no other */
+    PUT(&b, DEMAND, 1, 6, 6, FIRM | AHEAD, 0);
+    raw_say(r, &b);
+    m4 = expect_number(r, 6, 4);
+    PUT(&b, DEMAND, 1, 9, 9, FIRM | AHEAD, 0); /* given up, which is answered */
+    PUT(&b, WITHDRAW, 9);
+    raw_say(r, &b);
+    EXPECT(r, &f, WITHDRAWN, 9);
+    PUT(&b, GRANT, m4, 1);
+    raw_say(r, &b);
+
+    uint8_t large[2000] = {0};
+    CHECK_INT(netchan_send(m.l->send, netchan_bytes(large, sizeof large), LONG), NETCHAN_OK);
+    CHECK_INT(netchan_send(m.l->send, netchan_int(6), LONG), NETCHAN_OK);
+    check_quiet(r);
+    PUT(&b, DEMAND, 1, 7, 7, FIRM, 0);
+    raw_say(r, &b);
+    EXPECT(r, &f, CLAIM, 7);
+    PUT(&b, GRANT, get_number(&f), 0);
+    raw_say(r, &b);
+    PUT(&b, GRANT, expect_number(r, 6, 6), 1);
+    raw_say(r, &b);
+    netchan *end = netchan_make(0);
+    CHECK_INT(netchan_send(m.l->send, netchan_sender(end), LONG), NETCHAN_OK);
+    check_quiet(r);
+    PUT(&b, DEMAND, 1, 8, 8, FIRM, 0);
+    raw_say(r, &b);
+    EXPECT(r, &f, CLAIM, 8);
+    PUT(&b, GRANT, get_number(&f), 0);
+    raw_say(r, &b);
+    netchan_free(end);
+    CHECK_INT(netchan_close(m.l->send), NETCHAN_OK);
+    EXPECT(r, &f, CLOSED, 1);
+    check_quiet(r);
+    raw_close(r);
+    close_room(&m);
+
+    static const uint64_t flags[] = {FIRM, FIRM | AHEAD};
+    for (int ahead = 0; ahead < 2; ahead++) { /* only who waits ahead may wait again so */
+        m = open_room_with(&o);
+        r = raw_join_first(m.l->address);
+        PUT(&b, DEMAND, 1, 1, 1, flags[ahead], 0);
+        raw_say(r, &b);
+        CHECK_INT(netchan_send(m.l->send, netchan_int(1), LONG), NETCHAN_OK);
+        PUT(&b, GRANT, expect_number(r, 1, 1), 1);
+        raw_say(r, &b);
+        if (ahead) check_quiet(r);
+        else raw_wait_closed(r);
+        raw_close(r);
+        if (!ahead) wait_event(m.l, "lost", "granted what was not claimed");
+        netchan_value v;
+        if (!ahead) CHECK_INT(netchan_recv(m.good->recv, &v, LONG), NETCHAN_OK); /* nobody knows whether it was taken */
+        close_room(&m);
+    }
+
+    o.no_redelivery = true; /* nothing comes early: of what a peer had when it died nobody would know the fate */
+    m = open_room_with(&o);
+    r = raw_join_first(m.l->address);
+    ask_ahead(r, 1);
+    CHECK_INT(netchan_send(m.l->send, netchan_int(1), LONG), NETCHAN_OK);
+    check_quiet(r);
+    PUT(&b, DEMAND, 1, 2, 2, FIRM, 0);
+    raw_say(r, &b);
+    PUT(&b, GRANT, expect_number(r, 2, 1), 0);
+    raw_say(r, &b);
+    check_quiet(r);
+    raw_close(r);
+    close_room(&m);
+}
+
+/* What was given up and not answered yet is no operation of the peer: it may have as many as always. */
+static void test_rooms_that_were_given_up(void) {
+    enum { MOST = 16 };
+    netchan_options o = options();
+    o.buffer = MOST;
+    o.max_ops = 1;
+    room m = open_room_with(&o);
+    raw *r = raw_join_first(m.l->address);
+    bytes b;
+    frame f;
+    b.size = 0;
+    ask_ahead(r, MOST);
+    for (int i = 1; i <= MOST; i++) CHECK_INT(netchan_send(m.l->send, netchan_int(i), LONG), NETCHAN_OK);
+    uint64_t match[MOST];
+    for (int i = 0; i < MOST; i++) match[i] = expect_number(r, (uint64_t)i + 1, i + 1);
+    for (uint64_t i = 1; i <= MOST; i++) PUT(&b, WITHDRAW, i);
+    for (uint64_t i = 1; i <= MOST; i++) PUT(&b, DEMAND, 1, 100 + i, i, FIRM | AHEAD, 0);
+    PUT(&b, DEMAND, 1, 99, 99, FIRM, 0);
+    raw_say(r, &b);
+    for (uint64_t i = 1; i <= MOST; i++) EXPECT(r, &f, WITHDRAWN, i);
+    PUT(&b, DECLINE, match[0], 0);
+    raw_say(r, &b);
+    match[0] = expect_number(r, 99, 1);
+    for (int i = 0; i < MOST; i++) PUT(&b, GRANT, match[i], 0);
+    raw_say(r, &b);
+    check_quiet(r);
+    raw_close(r);
+    close_room(&m);
+}
+
+/* Whom the next event is about. */
+static netchan_peer next_peer(netchan_link *l) {
+    netchan_value v;
+    netchan_peer peer;
+    CHECK_INT(netchan_recv(l->events, &v, LONG), NETCHAN_OK);
+    peer.id = netchan_as_uint(netchan_get(&v, "peer"), 0);
+    netchan_clear(&v);
+    return peer;
+}
+
+/* A receive that may end without a value holds up those behind its own until it is granted. What became free with the
+ * same record goes early before it; and what is for this peer alone goes before what is for anybody. */
+static void test_early_values_before_a_receive(void) {
+    netchan_options o = options();
+    o.buffer = 8;
+    netchan_link *l = netchan_listen("127.0.0.1:0", &o);
+    CHECK(l);
+    raw *r = raw_join_first(l->address);
+    bytes b;
+    b.size = 0;
+    netchan_peer peer = next_peer(l);
+    ask_ahead(r, 1);
+    for (int i = 1; i <= 3; i++) CHECK_INT(netchan_send(l->send, netchan_int(i), LONG), NETCHAN_OK);
+    PUT(&b, GRANT, expect_number(r, 1, 1), 1);
+    PUT(&b, DEMAND, 1, 2, 2, 0, 0);
+    raw_say(r, &b);
+    uint64_t early = expect_number(r, 1, 2);
+    PUT(&b, GRANT, expect_number(r, 2, 3), 0);
+    raw_say(r, &b);
+    CHECK_INT(netchan_send(l->send, netchan_int(4), LONG), NETCHAN_OK);
+    CHECK_INT(netchan_sendto(l, peer, netchan_int(9), LONG), NETCHAN_OK);
+    check_quiet(r);
+    PUT(&b, GRANT, early, 1);
+    PUT(&b, DEMAND, 1, 3, 3, 0, 0);
+    raw_say(r, &b);
+    PUT(&b, GRANT, expect_number(r, 1, 9), 0);
+    PUT(&b, GRANT, expect_number(r, 3, 4), 0);
+    raw_say(r, &b);
+    check_quiet(r);
+    raw_close(r);
+    CHECK_INT(netchan_hangup(l, NULL), NETCHAN_OK);
+    CHECK_INT(alloc_blocks(), 0);
+}
+
+/* Values for one peer alone come early before those for anybody, and are accounted for when it is lost. */
+static void test_early_values_for_one_peer(void) {
+    enum { COUNT = 5 };
+    netchan_options o = options();
+    o.buffer = COUNT;
+    netchan_link *l = netchan_listen("127.0.0.1:0", &o);
+    CHECK(l);
+    raw *r = raw_join_first(l->address);
+    bytes b;
+    netchan_report report;
+    b.size = 0;
+    netchan_peer peer = next_peer(l);
+    PUT(&b, DEMAND, 1, 99, 99, FIRM | AHEAD, 0);
+    raw_say(r, &b);
+    for (int i = 1; i <= 2; i++) CHECK_INT(netchan_send(l->send, netchan_int(i), LONG), NETCHAN_OK);
+    uint64_t match = expect_number(r, 99, 1);
+    CHECK_INT(netchan_sendto(l, peer, netchan_int(9), LONG), NETCHAN_OK);
+    PUT(&b, GRANT, match, 1);
+    raw_say(r, &b);
+    PUT(&b, GRANT, expect_number(r, 99, 9), 1); /* before what is for anybody */
+    raw_say(r, &b);
+    PUT(&b, GRANT, expect_number(r, 99, 2), 0);
+    raw_say(r, &b);
+    ask_ahead(r, COUNT - 1);
+    for (int i = 1; i <= COUNT; i++) CHECK_INT(netchan_sendto(l, peer, netchan_int(i), LONG), NETCHAN_OK);
+    for (uint64_t i = 1; i < COUNT; i++) {
+        frame f;
+        next_frame(r, &f, CLAIM);
+        CHECK_INT(f.type, CLAIM);
+    }
+    PUT(&b, TAKEN, 77); /* which is not true */
+    raw_say(r, &b);
+    raw_wait_closed(r);
+    raw_close(r);
+    wait_event(l, "lost", "took");
+    CHECK_INT(netchan_hangup(l, &report), NETCHAN_ETIMEDOUT);
+    CHECK_INT(report.unknown, COUNT - 1);
+    CHECK_INT(report.undelivered, 1);
+    CHECK_INT(alloc_blocks(), 0);
 }
 
 static void test_large_values(void) {
@@ -2824,6 +3064,10 @@ int main(int argc, char **argv) {
         TEST(golden_bytes),
         TEST(offers),
         TEST(demands),
+        TEST(values_ahead_of_receives),
+        TEST(rooms_that_were_given_up),
+        TEST(early_values_before_a_receive),
+        TEST(early_values_for_one_peer),
         TEST(large_values),
         TEST(a_large_value_taken_too_soon),
         TEST(buffered_values),
