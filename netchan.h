@@ -110,6 +110,11 @@
  *   "lost"; and a value on the listener's work queue that was shipped and not confirmed goes to another peer, marked
  *   `redelivered` (or is counted, with options.no_redelivery).
  *
+ *   A peer of a listener that receives quickly gets values before it receives them: up to 16, of at most 1 KiB each,
+ *   out of the listener's buffer (both sides' options.buffer must have room for them), and only when no receive of
+ *   another peer waits; none with options.no_redelivery. They count as in the buffer, and as not taken, until they are
+ *   received. A peer that receives none of them for 5 ms gives them back; another may then get them after later ones.
+ *
  *   A select happens in exactly one of its cases, and so does each one that it meets, in whatever processes they are:
  *   no value is taken from a select that chose another case. While a link is down, an operation that is not being
  *   committed over it goes on elsewhere: its other cases can happen, and its time ends it as usual. One that is being
@@ -576,7 +581,8 @@ typedef struct netchan_options {
     void *load_arg;
 
     /* Limits. 0 means the default, in brackets. */
-    size_t buffer;      /* values that may be sent on link->send and not yet taken [0: each send is a rendezvous] */
+    size_t buffer;      /* values that may be sent on link->send and not yet taken [0: each send is a rendezvous]; at
+                           both ends it lets quick receivers have values of a listener early, see GUARANTEES */
     size_t max_message; /* bytes of one encoded value that may come in [128 MiB] */
     size_t max_memory;  /* bytes that one peer's values may occupy here [and at least: twice max_message] */
     size_t max_ops;     /* operations of one peer that may wait here [8192] */
@@ -1944,7 +1950,7 @@ NETCHAN__SMALL_END
  *   I3  count + out + reserved + lent <= cap in every lane: values in the buffer, values being claimed, slots being
  *       filled, credit.
  *   I4  Values of one lane leave in the order in which they entered: while a value is out on a claim that can be
- *       declined, no other goes; and what comes back takes its old place.
+ *       declined, no other goes; and what comes back takes its old place. (Not so values that come early, see [9].)
  *   I5  Of a channel with a lock of its own, senders alone change lane.last, entered and came, and receivers alone
  *       lane.first and went (Lamport 1983); is_ready is right while both mutexes are had.
  * ================================================================================================================== */
@@ -2017,6 +2023,7 @@ struct netchan__waiter {
     int refused;
     bool starved;          /* there was no memory for it while its operation was engaged */
     bool held;             /* the call, or the remote operation, holds the channel */
+    bool waits;            /* at an end: a receive that will be registered; one that is a try counts already */
     bool lends;            /* at an end: its large value may be read by its peer until that is told to keep it */
     /* A claim on this waiter by a match at its home. */
     netchan__waiter *next_claim; /* in the queue of its operation */
@@ -2172,6 +2179,13 @@ struct netchan {
     size_t detached;  /* values that came back from earlier sessions: first in lane.senders, and in returned */
     netchan__queue returned; /* those that the home of this session has handed back, until it ends */
     netchan__buf returning;  /* the beginning of one */
+    netchan__queue early;    /* values that came before a receive wanted them */
+    size_t early_count;      /* atomic: how many */
+    uint64_t early_taken;    /* how many were, ever */
+    size_t rooms, stand_ins; /* waiters in ahead and early; of these, those that home knows as receives */
+    size_t wanted;           /* atomic: how many there should be */
+    uint64_t given_up;       /* the entry of the room that was given up last, until home says that it knows; or 0 */
+    uint64_t received_at;    /* atomic: when the last receive returned, in nanoseconds */
     size_t undelivered;      /* values that were sent with OK and could not be */
     size_t largest, largest_memory; /* of the values sent with OK: bytes on the wire, and here */
     size_t in_flight_bytes;         /* on the wire, of those in flight, at most */
@@ -3883,6 +3897,233 @@ static bool netchan__announce(netchan__peer *p, uint64_t size, size_t *announced
     return true;
 }
 
+/* ---- Values that come early. ----
+ *
+ * A receive at an end costs a round trip. While receives of a dialler follow each other quickly and its listener has a
+ * buffer, the end therefore asks for values ahead of them, with a DEMAND for each, which waits in a room here until a
+ * receive takes its value: only then is the claim granted. Until then the value is at home as well, out on the claim,
+ * and has the fate of any claimed value. Home serves those who receive first.
+ *
+ * Invariants.
+ *   E1  No value lies here beside a receive that could take it, unless the link is down: others may have it then.
+ *   E2  A value lies here for NETCHAN__EARLY_MS at most while nothing is taken; then all go back, for others. Each
+ *       takes its old place there; a process that has received later ones gets it out of turn. This one does not: its
+ *       next receive is registered when home has all that it had sent here (it answers the WITHDRAW of what is firm).
+ *   E3  If an early value serves a receive that home knows, and which has no other case, the value's room stands in for
+ *       it, or home would have a value out for nothing, and others come before it. Should that be a large one, only the
+ *       claim waits here, for a receive that takes it over. When nobody receives, a stand-in goes back as values do. */
+
+typedef struct netchan__room {
+    netchan__op op; /* always open: nobody waits for it */
+    netchan__waiter waiter;
+    bool stands_in; /* for a receive, see E3 */
+} netchan__room;
+
+/* An operation without a caller, of one case, which is not registered yet. All else of both is 0. */
+static void netchan__set_up_alone(netchan__op *op, netchan__waiter *w, netchan *ch) {
+    op->net = true;
+    op->count = 1;
+    op->waiters = w;
+    op->id = __atomic_add_fetch(&netchan__op_count, 1, __ATOMIC_RELAXED);
+    w->op = op;
+    w->op_id = op->id;
+    w->ch = ch;
+    w->firm = true;
+}
+
+static netchan__room *netchan__room_of(netchan__waiter *w) { return (netchan__room *)(void *)w->op; }
+
+/* How many values may come early. */
+static size_t netchan__early_most(const netchan *ch) {
+    const netchan__peer *p = ch->home;
+    if (!p || p->recv != ch || p->leaving || ch->closed || ch->exports || ch->relayed.head) return 0;
+    size_t cap = p->send->lane.cap;
+    return cap < NETCHAN__EARLY_MOST ? cap : (size_t)NETCHAN__EARLY_MOST;
+}
+
+NETCHAN__SMALL_BEGIN
+static void netchan__free_room(netchan__waiter *w) {
+    w->ch->rooms--;
+    w->ch->stand_ins -= netchan__room_of(w)->stands_in;
+    netchan__dequeue(w);
+    netchan__unregister(w);
+    NETCHAN_FREE(netchan__room_of(w));
+}
+
+/* Asks for another value. Returns false when out of memory. */
+static bool netchan__make_room(netchan *ch) {
+    netchan__room *room = (netchan__room *)netchan__alloc(sizeof *room);
+    uint64_t id = ++netchan__net.last_id;
+    if (!room || !netchan__map_put(&netchan__net.waiters, id, &room->waiter)) {
+        NETCHAN_FREE(room);
+        return false;
+    }
+    netchan__waiter *w = &room->waiter;
+    netchan__set_up_alone(&room->op, w, ch);
+    w->peer = ch->home;
+    w->id = id;
+    w->ahead = true;
+    ch->rooms++;
+    netchan__enqueue(&ch->ahead, w, false);
+    netchan__frame f = netchan__new_frame(NETCHAN__DEMAND);
+    f.channel = ch->channel;
+    f.entry = id;
+    f.op = w->op_id;
+    f.flags = NETCHAN__FIRM | NETCHAN__AHEAD;
+    f.lazy = true;
+    w->peer->emit(w->peer, &f);
+    return true;
+}
+
+static void netchan__free_rooms(netchan__queue *q) {
+    while (q->head) netchan__free_room(q->head);
+}
+
+/* A receive that is engaged elsewhere is not to get later values than those that lie here. It is registered anew when
+ * it is open, and gets those first; a try has failed. */
+static void netchan__put_off(netchan__waiter *r) {
+    if (r->is_try) netchan__try_failed(r);
+    else netchan__unregister(r);
+}
+
+/* Home may give all values that came early to others; the rooms go first, or they would come again at once. What home
+ * has claimed meanwhile is declined when it comes. */
+static void netchan__give_early_back(netchan *ch) {
+    netchan__waiter *w;
+    netchan__peer *p = ch->home;
+    NETCHAN_ASSERT(p);
+    __atomic_store_n(&ch->wanted, 0, __ATOMIC_RELAXED);
+    while ((w = ch->ahead.head)) {
+        if (w->firm) ch->given_up = w->id;
+        netchan__emit_entry(w, NETCHAN__WITHDRAW, 0, 0);
+        netchan__free_room(w);
+    }
+    for (netchan__waiter *r = ch->early.head ? ch->receivers.head : NULL, *next; r; r = next) {
+        next = r->next;
+        if (!r->id || r->claim || netchan__state(r->op) >= NETCHAN__COMMITTED) continue;
+        netchan__emit_entry(r, NETCHAN__WITHDRAW, 0, 0);
+        netchan__put_off(r);
+    }
+    while ((w = ch->early.head)) {
+        netchan__emit_ids(p, NETCHAN__DECLINE, 0, 0, w->claim, 0, 0);
+        netchan__free_room(w);
+    }
+    __atomic_store_n(&ch->early_count, 0, __ATOMIC_RELAXED);
+}
+
+/* Home is gone. */
+static void netchan__drop_early(netchan *ch) {
+    netchan__free_rooms(&ch->early);
+    netchan__free_rooms(&ch->ahead);
+    ch->given_up = 0;
+    __atomic_store_n(&ch->early_count, 0, __ATOMIC_RELAXED);
+}
+
+/* As many rooms as are wanted. Too many become fewer when values are taken. */
+static void netchan__make_rooms(netchan *ch) {
+    size_t wanted = __atomic_load_n(&ch->wanted, __ATOMIC_RELAXED), most = netchan__early_most(ch);
+    if (wanted > most) wanted = most;
+    while (ch->rooms < wanted && !ch->given_up && !ch->home->down && netchan__make_room(ch)) continue;
+}
+
+/* May one be taken now? */
+static bool netchan__has_early(const netchan *ch) { return ch->early.head && !ch->closed && !ch->home->down; }
+
+/* The same for one that is here: a claim for a large value announces it. */
+static bool netchan__is_early_here(const netchan *ch) { return netchan__has_early(ch) && !ch->early.head->announced; }
+
+/* Each is registered at home as the other was. */
+static void netchan__swap_entries(netchan__waiter *a, netchan__waiter *b) {
+    netchan__waiter old = *a;
+    netchan__map *m = &netchan__net.waiters;
+    netchan__map_remove(m, a->id);
+    if (b->id) netchan__map_remove(m, b->id);
+    a->id = b->id, a->peer = b->peer;
+    b->id = old.id, b->peer = old.peer;
+    if (a->id) netchan__map_put(m, a->id, a); /* there is room now */
+    netchan__map_put(m, b->id, b);
+}
+
+/* The receive r, which may be registered, is served by a room. Returns whether that is to stand in for it then. */
+static bool netchan__needs_stand_in(netchan__waiter *r) {
+    if (r->id && r->multi) netchan__emit_entry(r, NETCHAN__WITHDRAW, 0, 0);
+    return r->id && !r->multi;
+}
+
+/* What lay in the room was taken. It stands in for r from now on; if that is NULL it waits again, or goes. */
+static void netchan__vacate(netchan__waiter *w, const netchan__waiter *r, bool again) {
+    netchan *ch = w->ch;
+    netchan__room *room = netchan__room_of(w);
+    w->claim = 0;
+    ch->early_taken++;
+    __atomic_store_n(&ch->early_count, ch->early_count - 1, __ATOMIC_RELAXED);
+    netchan__dequeue(w);
+    if (!r && !again) {
+        netchan__free_room(w);
+        return;
+    }
+    netchan__enqueue(&ch->ahead, w, false);
+    if (!r) return;
+    ch->stand_ins += !room->stands_in;
+    room->stands_in = true;
+    w->firm = r->firm;
+}
+
+/* Takes the first, which is here. Its room stands in for r from now on, unless that is NULL. */
+static netchan_value netchan__take_early(netchan *ch, const netchan__waiter *r, bool *redelivered) {
+    netchan__waiter *w = ch->early.head;
+    netchan_value v = w->claim_value;
+    bool again = !r && !netchan__room_of(w)->stands_in && ch->rooms <= __atomic_load_n(&ch->wanted, __ATOMIC_RELAXED);
+    netchan__frame f = netchan__new_frame(NETCHAN__GRANT);
+    f.match = w->claim;
+    f.size = again;
+    f.lazy = true;
+    w->peer->emit(w->peer, &f);
+    w->peer->stats->values_received++;
+    *redelivered = w->claim_redelivered;
+    w->claim_value = netchan__nil_value;
+    netchan__vacate(w, r, again);
+    return v;
+}
+
+/* A receive takes over the first claim, which is for a large value (E3). */
+static void netchan__take_claim(netchan *ch, netchan__waiter *r) {
+    netchan__waiter *w = ch->early.head;
+    bool stands_in = netchan__needs_stand_in(r);
+    if (!stands_in) netchan__unregister(r);
+    netchan__swap_entries(w, r);
+    r->claim = w->claim;
+    r->claim_final = true;
+    r->claim_redelivered = w->claim_redelivered;
+    r->announced = w->announced;
+    w->announced = 0;
+    netchan__vacate(w, stands_in ? r : NULL, false);
+    netchan__grant(r);
+}
+
+/* Gives early values to the receives that wait (E1). */
+static void netchan__hand_out(netchan *ch) {
+    netchan__waiter *next;
+    for (netchan__waiter *r = ch->receivers.head; r && netchan__has_early(ch); r = next) {
+        next = r->next;
+        if (netchan__state(r->op) != NETCHAN__OPEN) continue;
+        if (!netchan__is_early_here(ch)) {
+            netchan__take_claim(ch, r);
+            next = ch->receivers.head;
+            continue;
+        }
+        bool redelivered, stands_in = netchan__needs_stand_in(r);
+        if (stands_in) netchan__swap_entries(ch->early.head, r);
+        uint64_t number = ch->home->number;
+        netchan_value v = netchan__take_early(ch, stands_in ? r : NULL, &redelivered);
+        netchan__dequeue(r);
+        netchan__change_state(r->op, NETCHAN__OPEN, NETCHAN__ENGAGED);
+        netchan__finish_receive(r, &v, number, redelivered);
+        next = ch->receivers.head; /* the operation may have had another case here */
+    }
+}
+NETCHAN__SMALL_END
+
 static void netchan__on_claim(netchan__peer *p, netchan__frame *f) {
     netchan__waiter *w = netchan__waiter_of(p, f->entry);
     if (!w || netchan__state(w->op) >= NETCHAN__COMMITTED) {
@@ -3893,9 +4134,18 @@ static void netchan__on_claim(netchan__peer *p, netchan__frame *f) {
         netchan__breach(p, "it claimed what it had claimed already");
         return;
     }
+    if (!w->is_send && !w->ahead && w->ch->early.head) {
+        netchan__emit_ids(p, NETCHAN__DECLINE, 0, 0, f->match, 0, 0);
+        netchan__put_off(w);
+        return;
+    }
     bool final = f->flags & NETCHAN__FINAL;
     if (f->has_value && (w->is_send || !final)) {
         netchan__breach(p, "it sent a value with a claim that takes none");
+        return;
+    }
+    if (w->ahead && !final) {
+        netchan__breach(p, "it claimed room for a value, and did not mean it");
         return;
     }
     if (final && !w->is_send && !f->has_value && !netchan__announce(p, f->size, &w->announced)) return;
@@ -3905,6 +4155,13 @@ static void netchan__on_claim(netchan__peer *p, netchan__frame *f) {
     w->claim_unhurried = final && !w->is_send && f->has_value && f->flags & NETCHAN__UNHURRIED;
     w->claim_value = f->value;
     f->value = netchan__nil_value;
+    if (w->ahead) {
+        netchan__dequeue(w);
+        netchan__enqueue(&w->ch->early, w, false);
+        __atomic_store_n(&w->ch->early_count, w->ch->early_count + 1, __ATOMIC_RELAXED);
+        netchan__hand_out(w->ch);
+        return;
+    }
     if (netchan__state(w->op) == NETCHAN__OPEN) {
         netchan__grant(w);
         return;
@@ -4022,8 +4279,12 @@ static void netchan__on_accept(netchan__peer *p, netchan__frame *f) {
     if (!w) return; /* it was given up here */
     int state = netchan__state(w->op);
     bool engaged = w->op->engaged == w && state != NETCHAN__OPEN, refused = f->number != 0;
+    if (w->ahead && refused && !w->claim) { /* it stood in for a receive */
+        netchan__free_room(w);
+        return;
+    }
     bool expected = refused ? engaged || !w->claim : w->is_send && (state == NETCHAN__OPEN ? w->here : engaged);
-    if (!expected || f->number > 15) {
+    if (!expected || w->ahead || f->number > 15) {
         netchan__breach(p, "it accepted what was not offered");
         return;
     }
@@ -4058,7 +4319,11 @@ static void netchan__try_failed(netchan__waiter *w) {
 
 static void netchan__on_withdrawn(netchan__peer *p, netchan__frame *f) {
     netchan__waiter *w = netchan__waiter_of(p, f->entry);
-    if (w && w->is_try && !w->claim) netchan__try_failed(w);
+    if (w && w->ahead && !w->firm && !w->claim) netchan__free_room(w); /* it stood in for a try */
+    else if (w && w->is_try && !w->claim) netchan__try_failed(w);
+    if (!p->recv || !f->entry || p->recv->given_up != f->entry) return;
+    p->recv->given_up = 0;
+    netchan__register_all(p->recv);
 }
 
 /* ---- Ends: where this process waits for what has its home elsewhere. ---- */
@@ -4096,6 +4361,7 @@ static bool netchan__emit_data(netchan *ch, const netchan_value *v, size_t size,
  * way. */
 static void netchan__pair_end(netchan *ch) {
     netchan__peer *p = ch->home;
+    if (p) netchan__hand_out(ch);
     if (!p || p->leaving) return;
     for (netchan__waiter *s; ch->credit && (s = netchan__next_sender(ch));) {
         if (s->size > NETCHAN__FRAGMENT || s->size > p->their_message || netchan__too_many_ends(p, &s->value)) {
@@ -4134,6 +4400,11 @@ static void netchan__register(netchan__waiter *w) {
     bool costs = w->is_send && w->ch->credited && w->ch->lane.cap;
     if (costs && (!large || !w->ch->credit)) return;
     if (w->is_send && w->ch->detached && (!detached || netchan__next_sender(w->ch) != w)) return; /* those first */
+    if (!w->is_send && w->ch->given_up) { /* see E2 */
+        w->op->tries += w->is_try && !w->waits;
+        w->waits = true;
+        return;
+    }
     uint64_t id = ++netchan__net.last_id;
     if (!netchan__map_put(&netchan__net.waiters, id, w)) {
         netchan__give_up(w);
@@ -4158,7 +4429,8 @@ static void netchan__register(netchan__waiter *w) {
               netchan__flag(w->firm, NETCHAN__FIRM) | netchan__flag(w->here, NETCHAN__HERE);
     uint64_t position = p->emit(p, &f);
     w->position = w->here ? position : 0;
-    if (w->is_try) w->op->tries++;
+    if (w->is_try && !w->waits) w->op->tries++;
+    w->waits = false;
 }
 
 static void netchan__on_credit(netchan__peer *p, netchan__frame *f) {
@@ -4201,6 +4473,7 @@ static void netchan__on_closed(netchan__peer *p, netchan__frame *f) {
     if (!ch && f->channel < NETCHAN__FIRST_EXPORT) netchan__breach(p, "it closed a channel that does not exist");
     if (!ch) return; /* it was dropped meanwhile */
     ch->closing = ch->closed = true;
+    if (ch->rooms) netchan__give_early_back(ch); /* of values that were for whoever comes, before we were accepted */
     netchan__end_waiters(&ch->receivers, NETCHAN_ECLOSED);
     netchan__tell_ends(ch, false, NETCHAN__CLOSED);
     netchan__relay_ended(ch);
@@ -4246,14 +4519,9 @@ static netchan__waiter *netchan__detach(netchan *ch, netchan_value *v, size_t si
         netchan_clear(v);
         return NULL;
     }
-    d->op.net = d->op.detached = true;
-    d->op.count = 1;
-    d->op.id = __atomic_add_fetch(&netchan__op_count, 1, __ATOMIC_RELAXED);
-    d->op.waiters = &d->waiter;
-    d->waiter.op = &d->op;
-    d->waiter.op_id = d->op.id;
-    d->waiter.ch = ch;
-    d->waiter.is_send = d->waiter.firm = true;
+    netchan__set_up_alone(&d->op, &d->waiter, ch);
+    d->op.detached = true;
+    d->waiter.is_send = true;
     d->waiter.value = *v;
     d->waiter.size = size;
     d->waiter.memory = memory;
@@ -4394,6 +4662,7 @@ static void netchan__relay_register(netchan__remote *r) {
     bool costs = w->is_send && ch->credited && ch->lane.cap;
     size_t large = w->is_send ? w->size : r->declined;
     bool full = large > NETCHAN__FRAGMENT && netchan__relay_full(r, large);
+    if (!w->is_send && ch->given_up) return; /* see E2 */
     if (!p || p->leaving || (costs && !ch->credit) || (w->is_try && p->down) || full) {
         if (!w->is_try) return;
         netchan__emit_entry(w, NETCHAN__WITHDRAWN, 0, 0);
@@ -4421,6 +4690,7 @@ static void netchan__relay_register(netchan__remote *r) {
 /* A waiter of another process has come to this end. */
 static void netchan__relay(netchan__remote *r) {
     netchan__enqueue(&r->waiter.ch->relayed, &r->waiter, false);
+    if (r->waiter.ch->rooms) netchan__give_early_back(r->waiter.ch);
     netchan__relay_register(r);
 }
 
@@ -5220,7 +5490,7 @@ static void netchan__end_up(netchan__peer *p, netchan *ch) {
  * without a claim. */
 static netchan__waiter *netchan__open_try(netchan__queue *q, netchan__peer *p) {
     netchan__waiter *w = q->head;
-    while (w && !(w->is_try && w->peer == p && !w->here && !w->claim)) w = w->next;
+    while (w && !(w->is_try && (w->peer == p || w->waits) && !w->here && !w->claim)) w = w->next;
     return w;
 }
 
@@ -5229,7 +5499,7 @@ static void netchan__end_down(netchan__peer *p, netchan *ch) {
     netchan__queue *queues[2] = {&ch->lane.senders, &ch->receivers};
     for (int i = 0; i < 2; i++)
         for (netchan__waiter *w; (w = netchan__open_try(queues[i], p));) {
-            netchan__emit_entry(w, NETCHAN__WITHDRAW, 0, 0);
+            if (w->id) netchan__emit_entry(w, NETCHAN__WITHDRAW, 0, 0);
             netchan__try_failed(w);
         }
     for (netchan__waiter *w = ch->relayed.head, *next; w; w = next) {
@@ -5288,8 +5558,9 @@ static void netchan__peer_up(netchan__peer *p) {
 static void netchan__waiter_lost(netchan__waiter *w, uint64_t sent) {
     netchan__op *op = w->op;
     bool engaged = op->engaged == w && netchan__state(op) >= NETCHAN__ENGAGED;
-    bool is_try = w->is_try, registered = w->id != 0;
+    bool is_try = w->is_try, registered = w->id != 0 || w->waits;
     netchan__peer *p = w->peer;
+    w->waits = false;
     bool left = w->is_send && w->position && w->position <= sent && (engaged || w->here) && !p->farewell;
     if (w->claim && !engaged) netchan__unqueue_claim(w); /* of the home that is gone */
     netchan__unregister(w);
@@ -5322,11 +5593,12 @@ static void netchan__end_lost(netchan *ch, netchan__peer *p, netchan__queue *uns
     ch->credit = ch->in_flight = ch->in_flight_bytes = 0;
     netchan__buf_free(&ch->returning);
     netchan__queue *queues[2] = {&ch->lane.senders, &ch->receivers};
+    netchan__drop_early(ch);
     for (int i = 0; i < 2; i++) {
         for (bool again = true; again;) {
             again = false;
             for (netchan__waiter *w = queues[i]->head; w && !again; w = w->next)
-                if (w->peer == p) {
+                if (w->peer == p || (w->waits && w->is_try)) {
                     netchan__waiter_lost(w, p->sent);
                     again = true;
                 }
@@ -5843,7 +6115,9 @@ static void netchan__begin(netchan__op *op) {
     }
     for (size_t i = 0; i < count && op->net && netchan__state(op) < NETCHAN__COMMITTED; i++) { /* engaged is not over */
         netchan__waiter *w = &op->waiters[op->waiters[i].turn];
-        if (w->ch && w->ch->is_end) netchan__register(w);
+        if (!w->ch || !w->ch->is_end) continue;
+        netchan__register(w);
+        if (!w->is_send) netchan__make_rooms(w->ch);
     }
     if (op->net) netchan__settle();
 }
@@ -5941,6 +6215,22 @@ static void netchan__run(netchan__op *op, netchan__locks *locks, int timeout_ms)
     netchan__wait(op, locks, net, deadline);
 }
 
+/* A receive begins. Quick ones want values to come early. */
+static void netchan__note_call(netchan *ch, uint64_t now) {
+    uint64_t gap = now - __atomic_load_n(&ch->received_at, __ATOMIC_RELAXED);
+    size_t wanted = 2 * __atomic_load_n(&ch->wanted, __ATOMIC_RELAXED) + 1;
+    if (wanted > NETCHAN__EARLY_MOST) wanted = NETCHAN__EARLY_MOST;
+    if (gap > NETCHAN__EARLY_PACE_MS * (uint64_t)1000000) wanted = 0;
+    __atomic_store_n(&ch->wanted, wanted, __ATOMIC_RELAXED);
+}
+
+/* It ends, with a value. */
+static void netchan__note_return(netchan *ch, uint64_t now) {
+    __atomic_store_n(&ch->received_at, now, __ATOMIC_RELAXED);
+}
+
+static bool netchan__may_come_early(const netchan *ch) { return ch && ch->is_end && ch->credited && ch->may_receive; }
+
 /* One send, receive or select. The caller provides zeroed room for the waiters and for the locks. */
 static int netchan__operate(netchan_case *cases, size_t count, int timeout_ms, netchan__waiter *waiters,
                             pthread_mutex_t **room) {
@@ -5961,6 +6251,8 @@ static int netchan__operate(netchan_case *cases, size_t count, int timeout_ms, n
         w->is_try = timeout_ms == 0;
         cases[i].result = NETCHAN_ETIMEDOUT;
         op.index = netchan__prepare(w, &cases[i]);
+        if (op.index == NETCHAN_OK && !w->is_send && netchan__may_come_early(w->ch))
+            netchan__note_call(w->ch, netchan__now_ns());
     }
     for (size_t i = 0; i < count;
          i++) { /* who serves one case may free its channel then, or hang up its link, before this call has left */
@@ -5972,6 +6264,9 @@ static int netchan__operate(netchan_case *cases, size_t count, int timeout_ms, n
         netchan__run(&op, &locks, timeout_ms);
         result = op.index < 0 || op.result == NETCHAN_ENOMEM ? op.result : op.index;
         netchan__note(op.result, netchan_strerror(op.result));
+        const netchan__waiter *won = op.index >= 0 ? &waiters[op.index] : NULL;
+        if (won && won->held && !won->is_send && netchan__may_come_early(won->ch))
+            netchan__note_return(won->ch, netchan__now_ns());
     }
     for (size_t i = 0; i < count; i++) {
         netchan_clear(&waiters[i].value);
@@ -6181,10 +6476,31 @@ static void netchan__pass_on(const netchan_case *c, netchan_value *v) {
     else netchan_clear(v);
 }
 
+/* A value that came early. */
+static bool netchan__receive_early(netchan_case *c) {
+    netchan *ch = c->ch;
+    if (!__atomic_load_n(&ch->early_count, __ATOMIC_RELAXED)) return false;
+    pthread_mutex_t *lock = netchan__lock_channel(ch);
+    bool done = netchan__is_early_here(ch) && !ch->receivers.head;
+    netchan_value v = netchan__nil_value;
+    if (done) {
+        uint64_t now = netchan__now_ns();
+        netchan__note_call(ch, now);
+        c->peer.id = ch->home->number;
+        v = netchan__take_early(ch, NULL, &c->redelivered);
+        netchan__make_rooms(ch);
+        netchan__note_return(ch, now);
+    }
+    netchan__unlock_one(lock);
+    netchan__pass_on(c, &v);
+    return done;
+}
+
 static bool netchan__receive_quickly(netchan_case *c) {
     netchan *ch = c->ch;
     netchan__slot slot;
-    if (!ch || netchan__is_inherited(ch) || !ch->may_receive || ch->is_end) return false;
+    if (!ch || netchan__is_inherited(ch) || !ch->may_receive) return false;
+    if (ch->is_end) return netchan__receive_early(c);
     if (!netchan__take(ch, &slot)) return false;
     c->peer.id = slot.from;
     netchan__pass_on(c, &slot.value);
@@ -6366,6 +6682,7 @@ static void netchan__retain_end(netchan *ch) {
 
 static void netchan__destroy(netchan *ch) {
     NETCHAN_ASSERT(!ch->receivers.head && !ch->lane.senders.head && !ch->matches && !ch->exports && !ch->is_dirty);
+    NETCHAN_ASSERT(!ch->ahead.head && !ch->early.head);
     netchan__lane_clear(&ch->lane);
     while (ch->lanes && ch->lanes != &ch->lane) netchan__free_lane(ch->lanes);
     netchan__buf_free(&ch->returning);
@@ -6601,6 +6918,7 @@ struct netchan__session {
     netchan__parcel *parcels, *last_parcel;
     netchan__buf spare;    /* room for the bytes of another one */
     uint64_t down_since, checked; /* nanoseconds */
+    uint64_t early_until, early_taken; /* see netchan__check_early() */
     uint64_t round_trip;   /* nanoseconds, newest; 0: not measured yet */
     char address[80], identity_text[NETCHAN_FINGERPRINT_SIZE], name[256];
     /* Listening: its own pair of channels, NULL until it was shown in link->accept; and the queue for that. */
@@ -7194,6 +7512,22 @@ static bool netchan__wire_worn(const netchan__wire *w) {
     return w->records_in >= NETCHAN_KEY_RECORDS || w->records_out >= NETCHAN_KEY_RECORDS;
 }
 
+/* Gives back the values that came early and have waited for long enough (E2), and what home knows as a receive while
+ * there is none (E3). Returns when to look again. */
+static uint64_t netchan__check_early(netchan__session *s, uint64_t now) {
+    netchan *ch = s->peer.recv;
+    bool idle = !ch || (!ch->early.head && (!ch->stand_ins || ch->receivers.head));
+    if (idle) s->early_until = 0;
+    if (idle) return UINT64_MAX;
+    if (!s->early_until || s->early_taken != ch->early_taken)
+        s->early_until = now + NETCHAN__EARLY_MS * (uint64_t)1000000;
+    s->early_taken = ch->early_taken;
+    if (now < s->early_until) return s->early_until;
+    netchan__give_early_back(ch);
+    netchan__settle();
+    return UINT64_MAX;
+}
+
 /* Heartbeats and acknowledgements of a link that was greeted. Returns when to call again, in nanoseconds; the link of a
  * silent peer has failed. */
 static uint64_t netchan__wire_tick(netchan__wire *w, uint64_t now) {
@@ -7210,6 +7544,7 @@ static uint64_t netchan__wire_tick(netchan__wire *w, uint64_t now) {
     }
     if (w->session && w->session->ticked == w->session->queued) netchan__spare_nothing(w->session);
     if (w->session) w->session->ticked = w->session->queued;
+    uint64_t early = w->session ? netchan__check_early(w->session, now) : UINT64_MAX;
     if (w->ack_at && now >= w->ack_at && w->session) {
         w->ack_now = true;
         w->ack_at = 0;
@@ -7226,7 +7561,8 @@ static uint64_t netchan__wire_tick(netchan__wire *w, uint64_t now) {
     if (next <= now) next = now + pause;
     if (next > w->last_input + 3 * interval) next = w->last_input + 3 * interval;
     next = (next + grid - 1) / grid * grid;
-    return w->ack_at && w->ack_at < next ? w->ack_at : next;
+    if (w->ack_at && w->ack_at < next) next = w->ack_at;
+    return early < next ? early : next;
 }
 
 /* netchan__ends.find for values that did not leave: they were named from the other point of view. */
@@ -8381,6 +8717,7 @@ static uint64_t netchan__hub_tick(netchan__hub *h, uint64_t now) {
 static void netchan__shut(netchan *ch) {
     if (!ch->closing) ch->close_sent = true; /* the farewell says it */
     ch->closing = ch->closed = ch->lane.closing = true;
+    if (ch->rooms) netchan__give_early_back(ch);
     netchan__end_waiters(&ch->lane.senders, NETCHAN_ECLOSED);
     netchan__end_waiters(&ch->receivers, NETCHAN_ECLOSED);
     netchan__tell_ends(ch, true, NETCHAN__CLOSING);
@@ -10324,6 +10661,7 @@ static bool netchan__conn_input(netchan__conn *c, const size_t *sizes, size_t co
         at += sizes[i];
     }
     if (c->wire.ack_at) netchan__alarm_by(&c->alarm, c->wire.ack_at);
+    if (c->wire.session) netchan__alarm_by(&c->alarm, netchan__check_early(c->wire.session, now));
     bool over = netchan__wire_over(&c->wire) != NULL;
     netchan__io_release();
     return over;

@@ -505,6 +505,144 @@ static void test_the_identity_of_a_pinned_peer(void) {
     shaky_part(&s);
 }
 
+/* --- values that come early --------------------------------------------------------------------------------------- */
+
+enum { EARLY_BUFFER = 64, QUICK = 8 }; /* so many quick receives, and values come before them */
+
+/* How many values were here before they were received. Nothing public tells. */
+static uint64_t early_of(const netchan *ch) {
+    pthread_mutex_lock(&netchan__net_lock);
+    uint64_t count = ch->early_taken;
+    pthread_mutex_unlock(&netchan__net_lock);
+    return count;
+}
+
+/* Who receives quickly does not wait a round trip for each value, though each receive could end without one. */
+static void test_values_come_early(void) {
+    enum { ROUNDS = 20 };
+    party p = make_party(1, EARLY_BUFFER, EARLY_BUFFER);
+    int next = 0;
+    for (long long end = test_ms() + LONG;;) { /* again, when the machine was too busy to be quick */
+        uint64_t before = early_of(p.d[0]->recv);
+        for (int round = 0; round < ROUNDS; round++, next += EARLY_BUFFER) {
+            for (int i = 0; i < EARLY_BUFFER; i++) send_int(p.l->send, next + i);
+            check_ints(p.d[0]->recv, next, next + EARLY_BUFFER);
+            wait_for_len(p.l->send, 0);
+        }
+        if (early_of(p.d[0]->recv) - before > ROUNDS * EARLY_BUFFER / 4) break;
+        CHECK(test_ms() < end);
+    }
+    end_party(&p);
+}
+
+static void *send_many(void *arg) {
+    task *t = (task *)arg;
+    for (int64_t i = 0; i < netchan_as_int(&t->value, 0); i++) send_int(t->ch, i);
+    return NULL;
+}
+
+/* Receives once, in one of several ways, and says nothing when there was nothing. Returns the number, or -1. */
+static int64_t recv_somehow(netchan *ch, uint64_t *seed) {
+    netchan_value v;
+    netchan_case c[2];
+    c[0] = netchan_case_recv(ch, &v);
+    c[1] = netchan_case_recv(NULL, NULL);
+    uint64_t way = test_random(seed) % 6;
+    int timeout_ms = way == 0 ? NETCHAN_NOWAIT : way == 1 ? 1 : way == 2 ? LONG : NETCHAN_FOREVER;
+    int result = netchan_select(c, way == 3 ? 2 : 1, timeout_ms);
+    if (result == NETCHAN_ETIMEDOUT) return -1;
+    CHECK(result == 0 && c[0].result == NETCHAN_OK && !c[0].redelivered);
+    return netchan_as_int(&v, -1);
+}
+
+/* One receiver gets them in their order, whether it is quick or slow, and however it waits. */
+static void test_early_values_keep_their_order(void) {
+    enum { COUNT = 6000 / LESS };
+    party p = make_party(1, EARLY_BUFFER, EARLY_BUFFER);
+    uint64_t seed = 7;
+    task t;
+    t.ch = p.l->send;
+    t.value = netchan_int(COUNT);
+    t.thread = test_start(send_many, &t);
+    for (int64_t next = 0; next < COUNT;) {
+        int64_t got = recv_somehow(p.d[0]->recv, &seed);
+        if (got >= 0) CHECK_INT(got, next);
+        next += got >= 0;
+        if (test_random(&seed) % 64 == 0) test_pause((int)(test_random(&seed) % 12)); /* they go back meanwhile */
+    }
+    test_join(t.thread);
+    end_party(&p);
+}
+
+/* A listener with two peers, of which the first has received some values quickly. *next: the first that it has not. */
+static party make_early_party(int *next) {
+    party p = make_party(2, EARLY_BUFFER, EARLY_BUFFER);
+    for (int i = 0; i < EARLY_BUFFER; i++) send_int(p.l->send, i);
+    check_ints(p.d[0]->recv, 0, QUICK);
+    *next = QUICK;
+    return p;
+}
+
+/* The rest, each once, in whatever order. */
+static void check_rest_of(netchan *ch, int from, int to) {
+    bool seen[EARLY_BUFFER] = {false};
+    for (int i = from; i < to; i++) {
+        netchan_value v;
+        netchan_case c = netchan_case_recv(ch, &v);
+        CHECK_INT(netchan_select(&c, 1, LONG), 0);
+        CHECK_INT(c.result, NETCHAN_OK);
+        int64_t n = netchan_as_int(&v, -1);
+        CHECK(n >= from && n < to && !seen[n] && !c.redelivered);
+        seen[n] = true;
+    }
+}
+
+/* Who does not receive any more keeps nothing from others. */
+static void test_early_values_go_back(void) {
+    for (int round = 0; round < 20; round++) {
+        int next;
+        party p = make_early_party(&next);
+        check_rest_of(p.d[1]->recv, next, EARLY_BUFFER);
+        check_nothing(p.d[0]->recv);
+        send_int(p.l->send, 100); /* it may receive again */
+        CHECK_INT(recv_int(p.d[0]->recv), 100);
+        end_party(&p);
+    }
+}
+
+/* Who hangs up has not taken them: they go to others, and their fate is known. */
+static void test_early_values_and_hangup(void) {
+    for (int round = 0; round < 20; round++) {
+        int next;
+        party p = make_early_party(&next);
+        hang_up(p.d[0]);
+        p.d[0] = NULL;
+        check_rest_of(p.d[1]->recv, next, EARLY_BUFFER);
+        end_party(&p);
+    }
+}
+
+/* Who is accepted may have received some of them, or they go to others; its own channel is in order. */
+static void test_early_values_and_accept(void) {
+    enum { OWN = 1000, OWN_COUNT = 40 };
+    for (int round = 0; round < 20; round++) {
+        int next, left, own = OWN;
+        party p = make_early_party(&next);
+        guest g = accept_guest(p.l);
+        CHECK_INT(g.peer.id, p.peer[0].id);
+        for (int i = 0; i < OWN_COUNT; i++) send_int(g.send, OWN + i);
+        for (left = EARLY_BUFFER - next; own < OWN + OWN_COUNT;) {
+            int64_t n = recv_int(p.d[0]->recv);
+            if (n >= OWN) CHECK_INT(n, own++);
+            else left--;
+        }
+        for (; left; left--) CHECK(recv_int(p.d[1]->recv) < EARLY_BUFFER);
+        check_nothing(p.d[1]->recv);
+        leave(&g);
+        end_party(&p);
+    }
+}
+
 /* --- to one peer -------------------------------------------------------------------------------------------------- */
 
 static void test_sendto_reaches_one_peer(void) {
@@ -1714,6 +1852,11 @@ int main(int argc, char **argv) {
         TEST(an_accept_loop_ends),
         TEST(own_channels_after_the_listener_hung_up),
         TEST(the_identity_of_a_pinned_peer),
+        TEST(values_come_early),
+        TEST(early_values_keep_their_order),
+        TEST(early_values_go_back),
+        TEST(early_values_and_hangup),
+        TEST(early_values_and_accept),
         TEST(sendto_reaches_one_peer),
         TEST(sendto_goes_first),
         TEST(sendto_before_accept),

@@ -245,6 +245,7 @@ typedef struct plan {
     bool no_redelivery, quiet_start, huge;
     bool buffered;                  /* all links have room for some values */
     size_t ends;                    /* percent of the values that have ends in them */
+    size_t early;                   /* percent of the receives that want values to come early */
     size_t drops, accepts, names, losses; /* thousandths */
     bool link_ends;                 /* so are the channels of links */
     size_t max_ends;
@@ -566,8 +567,13 @@ static uint32_t *find_way(const value *v, const task *t, const place *at) {
     return &world.ways[i].op;
 }
 
+/* May a value come late, as one of several peers had it early and gave it back? */
+static bool may_be_late(const value *v) {
+    return home_of(v->place)->kind == WORK && world.plan.early && world.plan.links > 1;
+}
+
 static void check_order_of_ends(const value *v, const task *t, const place *at) {
-    uint32_t op = (uint32_t)v->op, *last = any_loss() ? NULL : find_way(v, t, at);
+    uint32_t op = (uint32_t)v->op, *last = any_loss() || may_be_late(v) ? NULL : find_way(v, t, at);
     if (last && *last >= op)
         broken("value %llu of op %u was taken through %s after that of op %u", (ull)number_of(v), op, describe(at),
                *last);
@@ -580,7 +586,7 @@ static void check_order(const value *v, const task *t, const place *at) {
         return;
     }
     bool parted = v->place->kind == WORK && world.parted && world.plan.links > 1;
-    if (losses_of(v->place) || parted) return; /* what a peer that goes gave back comes later */
+    if (losses_of(v->place) || parted || may_be_late(v)) return; /* what a peer that goes gave back comes later */
     ull number = (ull)number_of(v);
     uint32_t op = (uint32_t)v->op, *last = &world.last[v->place->index][v->thread][t->thread];
     uint32_t *last_at = &world.last_at[v->place->index][v->thread][at->index];
@@ -1062,6 +1068,8 @@ static void start(size_t thread) {
         bool is_send = p && p->ch->may_send && (!p->ch->may_receive || chance(50));
         if (p && world.plan.ends) p = draw_place(usable, count, &is_send);
         if (p && p->kind == DIRECT && cases > 1) p = p->port->send;
+        if (p && p->kind == END_RECV && world.plan.early)
+            p->ch->wanted = chance(world.plan.early) ? 1 + below(NETCHAN__EARLY_MOST) : 0;
         add_case(t, p, is_send);
         if (p && p->kind == END_SEND && t->op.count == 1 && cases == 1) t->values[0]->answers = world.owed[thread];
     }
@@ -1947,7 +1955,17 @@ static void check_node(size_t n) {
         broken("something is not settled");
 }
 
+/* E1: no value that came early lies beside a receive that could take it. */
+static void check_early(const place *p) {
+    const netchan *ch = p->ch;
+    if (p->kind != END_RECV || !ch || !ch->early.head || ch->home->down) return;
+    for (const netchan__waiter *r = ch->receivers.head; r; r = r->next)
+        if (netchan__state(r->op) == NETCHAN__OPEN) broken("op %llu waits beside an early value", (ull)r->op->id);
+    if (ch->rooms > NETCHAN__EARLY_MOST) broken("%zu values may come early", ch->rooms);
+}
+
 static void check_step(void) {
+    for (size_t i = 0; i < world.place_count; i++) check_early(&world.places[i]);
     fail_in = 0;
     if (running < MAX_NODES) note_pending();
     read_all_events();
@@ -2267,7 +2285,7 @@ static bool is_settled(const port *p) {
     }
     if (!s && !find_listener(p->route->sites[0]) && !find_listener(p->route->sites[1])) return !p->trial;
     return s && other && !p->trial && !netchan__buf_size(&s->out) && !netchan__buf_size(&other->out) &&
-           !netchan__hub_wants_wire(&p->hub);
+           !netchan__hub_wants_wire(&p->hub) && !p->hub.link.recv->early.head;
 }
 
 /* Who has not come to rest, or NULL. */
@@ -2488,6 +2506,7 @@ static void draw_plan(plan *p) {
     draw_dangers(p);
     draw_ends(p);
     if (p->shape == SUCCESSION || (p->shape == WORKERS && chance(50))) p->hangups = 5 + below(15);
+    p->early = chance(50) ? 0 : chance(50) ? 100 : below(100);
     p->buffered = p->shape == SUCCESSION || p->shape == WORKERS || chance(30);
     size_t memory = memories[1 + below(3)];
     for (size_t i = 0; i < MAX_NODES; i++) p->max_memory[i] = chance(90) ? memory : memories[below(4)];
