@@ -1936,7 +1936,7 @@ NETCHAN__SMALL_END
  * senders.
  *
  * Locks. A channel starts with a lock of its own, of two mutexes: who puts a value into its buffer, or takes one out,
- * with nobody waiting, has one of them and does not meet the other side; all else is
+ * with nobody waiting, has one of them and does not meet the other side; a rendezvous may need none (I6); all else is
  * done with both. From the first time that it meets another process, or a select that does, its lock is
  * netchan__net_lock, for good, together with all channels of all operations that wait on it. So an operation is either
  * wholly under netchan__net_lock ("net") or not at all. Order: netchan__net_lock, then own locks by address, of each
@@ -1953,6 +1953,10 @@ NETCHAN__SMALL_END
  *       declined, no other goes; and what comes back takes its old place. (Not so values that come early, see [9].)
  *   I5  Of a channel with a lock of its own, senders alone change lane.last, entered and came, and receivers alone
  *       lane.first and went (Lamport 1983); is_ready is right while both mutexes are had.
+ *   I6  A channel with a lock of its own and no buffer has a place where one receive may wait for some microseconds,
+ *       outside the queue, so that a send needs no lock. Whoever gives the lock back notes in the place whether
+ *       somebody waits in a queue, or the channel is closing or net: nobody who can know of that uses the place then,
+ *       and who waits there leaves. Who gave a value there touches the channel no more; who gets it says when it has.
  * ================================================================================================================== */
 
 typedef struct netchan__op netchan__op;
@@ -2135,11 +2139,24 @@ struct netchan__lane {
     size_t left;      /* values that left since the peer was told */
 };
 
+/* Of a place: nobody waits there; a receive does; a send is about to give it a value; and has given it. To each of them
+ * may be added that the place is not to be used. */
+enum { NETCHAN__VACANT, NETCHAN__AWAITED, NETCHAN__GIVING, NETCHAN__FILLED, NETCHAN__BUSY };
+
+/* See I6. */
+typedef struct netchan__place {
+    int state;        /* atomic */
+    unsigned seekers; /* atomic: selects that look for somebody in the queue, for a moment */
+    netchan_value value;
+} netchan__place;
+
 /* Of one channel. */
 typedef struct netchan__own_lock {
     pthread_mutex_t receiving; /* first: it stands for both */
     char apart[NETCHAN__CACHE_LINE];
     pthread_mutex_t sending;
+    char further[NETCHAN__CACHE_LINE];
+    netchan__place place;
 } netchan__own_lock;
 
 struct netchan {
@@ -2676,6 +2693,11 @@ static void netchan__lock_own(netchan *ch) {
 }
 
 static void netchan__unlock_own(netchan *ch) {
+    if (!ch->lane.cap) { /* I6 */
+        bool busy = netchan__is_net(ch) || ch->closing || ch->receivers.head || ch->lane.senders.head;
+        int *state = &ch->own.place.state, had = __atomic_load_n(state, __ATOMIC_RELAXED) & NETCHAN__BUSY;
+        if (had != busy * NETCHAN__BUSY) __atomic_xor_fetch(state, NETCHAN__BUSY, __ATOMIC_RELEASE);
+    }
     pthread_mutex_unlock(&ch->own.sending);
     pthread_mutex_unlock(&ch->own.receiving);
 }
@@ -5809,6 +5831,16 @@ static void netchan__pause(int count) {
     }
 }
 
+/* Waits for another thread that is about to be done; round counts up from 0. It may need this one's core, and may not
+ * get it from one of a higher priority that only yields. */
+static void netchan__let_others(int round) {
+    enum { PAUSES = 256, YIELDS = 64 };
+    struct timespec moment = {0, 50000};
+    if (round < PAUSES) netchan__pause(1);
+    else if (round < PAUSES + YIELDS) sched_yield();
+    else nanosleep(&moment, NULL);
+}
+
 /* Pauses twice as long as the last time; *pauses begins as 0. Returns false when it is time to sleep. */
 static bool netchan__back_off(int *pauses) {
     enum { FIRST = 16, LAST = 512 };
@@ -5821,9 +5853,15 @@ static bool netchan__back_off(int *pauses) {
 /* Waiting without sleep is of no use, and not done for a while, when it was not several times in a row. */
 static NETCHAN__THREAD_LOCAL unsigned netchan__spun_in_vain;
 
+static bool netchan__spins_well(void) {
+    enum { MOST = 4 };
+    return netchan__spun_in_vain < MOST;
+}
+
+/* Also now and then when it was in vain. */
 static bool netchan__may_spin(void) {
-    enum { MOST = 4, EVERY = 16 };
-    return netchan__spun_in_vain < MOST || netchan__spun_in_vain++ % EVERY == 0;
+    enum { EVERY = 16 };
+    return netchan__spins_well() || netchan__spun_in_vain++ % EVERY == 0;
 }
 
 static bool netchan__note_spin(bool hit) {
@@ -6231,6 +6269,65 @@ static void netchan__note_return(netchan *ch, uint64_t now) {
 
 static bool netchan__may_come_early(const netchan *ch) { return ch && ch->is_end && ch->credited && ch->may_receive; }
 
+/* ---- The place where a rendezvous needs no lock (I6). ---- */
+
+/* Has the channel a place to meet in (I6)? */
+static bool netchan__can_meet(netchan *ch) { return !netchan__is_net(ch) && !ch->is_end && !ch->lane.cap; }
+
+static int netchan__place_state(const netchan__place *p) { return __atomic_load_n(&p->state, __ATOMIC_ACQUIRE); }
+
+static bool netchan__change_place(netchan__place *p, int from, int to) {
+    return __atomic_compare_exchange_n(&p->state, &from, to, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
+}
+
+/* To who waits in the place. The value is moved. */
+static bool netchan__give_there(netchan__place *p, netchan_value *v) {
+    if (!netchan__change_place(p, NETCHAN__AWAITED, NETCHAN__GIVING)) return false;
+    p->value = *v;
+    *v = netchan__nil_value;
+    __atomic_add_fetch(&p->state, NETCHAN__FILLED - NETCHAN__GIVING, __ATOMIC_RELEASE);
+    return true;
+}
+
+/* The same for the only case of an operation. */
+static bool netchan__send_there(netchan__waiter *w) {
+    return w->is_send && w->ch && netchan__can_meet(w->ch) && netchan__give_there(&w->ch->own.place, &w->value);
+}
+
+/* For how many pauses one waits for the other, and between two looks, each of which takes the cache line from who
+ * writes: 4 were a little quicker than 1, 2 and 8 on two cores. */
+enum { NETCHAN__PATIENCE = 256, NETCHAN__LOOK_PAUSES = 4 };
+
+/* For a moment, until somebody waits in the place or in a queue; less when there is who would find the sender in one.
+ * Returns whether somebody does. */
+static bool netchan__await_receiver(const netchan__place *p) {
+    for (int i = 0; i < NETCHAN__PATIENCE; i += NETCHAN__LOOK_PAUSES) {
+        if (__atomic_load_n(&p->seekers, __ATOMIC_RELAXED)) return false;
+        netchan__pause(NETCHAN__LOOK_PAUSES);
+        int state = netchan__place_state(p);
+        if (state == NETCHAN__AWAITED || state >= NETCHAN__BUSY) return netchan__note_spin(true);
+    }
+    return netchan__note_spin(false);
+}
+
+/* Waits in the place, for a moment. */
+static bool netchan__receive_there(netchan__place *p, netchan_value *v) {
+    int state = NETCHAN__AWAITED;
+    if (!netchan__change_place(p, NETCHAN__VACANT, NETCHAN__AWAITED)) return false;
+    for (int i = 0; i < NETCHAN__PATIENCE && state == NETCHAN__AWAITED; i += NETCHAN__LOOK_PAUSES) {
+        netchan__pause(NETCHAN__LOOK_PAUSES);
+        state = netchan__place_state(p);
+    }
+    for (int i = 0; state % NETCHAN__BUSY != NETCHAN__FILLED; i++, state = netchan__place_state(p)) {
+        if (state % NETCHAN__BUSY == NETCHAN__AWAITED && netchan__change_place(p, state, state - NETCHAN__AWAITED))
+            return netchan__note_spin(false);
+        netchan__let_others(i); /* it is being given */
+    }
+    *v = p->value;
+    __atomic_sub_fetch(&p->state, NETCHAN__FILLED, __ATOMIC_RELEASE); /* the channel may be freed now */
+    return netchan__note_spin(true);
+}
+
 /* One send, receive or select. The caller provides zeroed room for the waiters and for the locks. */
 static int netchan__operate(netchan_case *cases, size_t count, int timeout_ms, netchan__waiter *waiters,
                             pthread_mutex_t **room) {
@@ -6260,7 +6357,10 @@ static int netchan__operate(netchan_case *cases, size_t count, int timeout_ms, n
         if (waiters[i].held) netchan_retain(waiters[i].ch);
     }
     int result = op.index;
-    if (result == NETCHAN_OK) {
+    bool there = result == NETCHAN_OK && count == 1 && netchan__send_there(&waiters[0]);
+    if (there) {
+        result = op.index = 0;
+    } else if (result == NETCHAN_OK) {
         netchan__run(&op, &locks, timeout_ms);
         result = op.index < 0 || op.result == NETCHAN_ENOMEM ? op.result : op.index;
         netchan__note(op.result, netchan_strerror(op.result));
@@ -6364,6 +6464,10 @@ static bool netchan__give_quickly(netchan *ch, netchan_value *v) {
 /* At home. The value is moved. */
 static bool netchan__put(netchan *ch, netchan_value *v, const netchan__measure *m) {
     enum netchan__quick way = NETCHAN__MEETS;
+    if (netchan__can_meet(ch)) {
+        if (netchan__give_there(&ch->own.place, v)) return true;
+        if (netchan__place_state(&ch->own.place) < NETCHAN__BUSY) return false; /* nobody waits in a queue */
+    }
     if (ch->lane.cap && netchan__lock_side(ch, &ch->own.sending)) {
         way = netchan__put_alone(ch, v, m);
         pthread_mutex_unlock(&ch->own.sending); /* who has received the value may free the channel now */
@@ -6418,9 +6522,10 @@ static bool netchan__take_quickly(netchan *ch, netchan__slot *slot) {
     return true;
 }
 
-/* Before it waits in the queue of a channel of this process, a call lets the other side get several things done. */
+/* May it try again before it waits? Without a buffer it spins again when it does. */
 static bool netchan__may_retry(netchan *ch, int timeout_ms) {
-    return ch && timeout_ms && !ch->is_end && !netchan__is_net(ch) && ch->lane.cap && netchan__may_spin();
+    if (!ch || !timeout_ms || netchan__is_inherited(ch) || ch->is_end || netchan__is_net(ch)) return false;
+    return ch->lane.cap ? netchan__may_spin() : netchan__spins_well();
 }
 
 /* Out of the buffer of a channel with a lock of its own, of which receivers' is had. */
@@ -6459,6 +6564,7 @@ static bool netchan__take_from_sender(netchan *ch, netchan__slot *slot) {
 /* At home. */
 static bool netchan__take(netchan *ch, netchan__slot *slot) {
     enum netchan__quick way = NETCHAN__MEETS;
+    if (netchan__can_meet(ch) && netchan__place_state(&ch->own.place) < NETCHAN__BUSY) return false; /* nobody waits */
     if (ch->lane.cap && netchan__lock_side(ch, &ch->own.receiving)) {
         way = netchan__take_alone(ch, slot);
         pthread_mutex_unlock(&ch->own.receiving);
@@ -6510,13 +6616,20 @@ static bool netchan__receive_quickly(netchan_case *c) {
 /* Lets the other side get several things done, before this call waits in the queue of a channel of this process. */
 static bool netchan__send_soon(netchan *ch, const netchan_value *v, const netchan__measure *m) {
     bool sent = false;
+    if (!ch->lane.cap) return netchan__await_receiver(&ch->own.place) && netchan__send_simple(ch, v, m);
     for (int pauses = 0; !sent && netchan__back_off(&pauses);) sent = netchan__send_simple(ch, v, m);
     return netchan__note_spin(sent);
 }
 
-/* The same for a receive. */
+/* The same for a receive. Where there is no buffer it is quicker to wait at once than to look first who does. */
 static bool netchan__receive_soon(netchan_case *c) {
     bool done = false;
+    if (!c->ch->lane.cap) {
+        netchan_value v;
+        done = netchan__receive_there(&c->ch->own.place, &v);
+        if (done) netchan__pass_on(c, &v);
+        return done || netchan__receive_quickly(c);
+    }
     for (int pauses = 0; !done && netchan__back_off(&pauses);) done = netchan__receive_quickly(c);
     return netchan__note_spin(done);
 }
@@ -6536,8 +6649,9 @@ NETCHANDEF int netchan_recv(netchan *ch, netchan_value *v, int timeout_ms) {
 
 NETCHANDEF int netchan_recvfrom(netchan *ch, netchan_value *v, netchan_peer *from, int timeout_ms) {
     netchan_case c = netchan_case_recv(ch, v);
-    bool done = netchan__receive_quickly(&c);
-    if (!done && netchan__may_retry(ch, timeout_ms)) done = netchan__receive_soon(&c);
+    bool meets = ch && netchan__can_meet(ch) && netchan__may_retry(ch, timeout_ms);
+    bool done = meets ? netchan__receive_soon(&c) : netchan__receive_quickly(&c);
+    if (!done && !meets && netchan__may_retry(ch, timeout_ms)) done = netchan__receive_soon(&c);
     int result = done ? NETCHAN_OK : netchan__operate_one(&c, 0, timeout_ms);
     if (from) *from = c.peer;
     return result;
@@ -6594,11 +6708,34 @@ static int netchan__select_quickly(netchan_case *cases, size_t count) {
     return -1;
 }
 
+/* Counts the select among the seekers of those channels that have a place, and holds them. Returns a bit for each. */
+static unsigned netchan__begin_to_seek(const netchan_case *cases, size_t count) {
+    unsigned places = 0;
+    NETCHAN_ASSERT(count <= 8 * sizeof places);
+    for (size_t i = 0; i < count; i++) {
+        netchan *ch = cases[i].ch;
+        if (!ch || cases[i].is_send || !netchan__can_meet(ch)) continue;
+        __atomic_add_fetch(&netchan_retain(ch)->own.place.seekers, 1u, __ATOMIC_RELAXED);
+        places |= 1u << i;
+    }
+    return places;
+}
+
+static void netchan__end_seeking(const netchan_case *cases, unsigned places) {
+    for (size_t i = 0; places; i++, places >>= 1) {
+        if (!(places & 1)) continue;
+        __atomic_sub_fetch(&cases[i].ch->own.place.seekers, 1u, __ATOMIC_RELAXED);
+        netchan_free(cases[i].ch);
+    }
+}
+
 /* The same, which lets other threads get something done first. */
 static int netchan__select_plain(netchan_case *cases, size_t count, int timeout_ms) {
     int won = netchan__select_quickly(cases, count);
     if (won >= 0 || !timeout_ms || !netchan__may_spin()) return won;
+    unsigned places = netchan__begin_to_seek(cases, count);
     for (int pauses = 0; won < 0 && netchan__back_off(&pauses);) won = netchan__select_quickly(cases, count);
+    netchan__end_seeking(cases, places);
     netchan__note_spin(won >= 0);
     return won;
 }
@@ -6688,6 +6825,7 @@ static void netchan__destroy(netchan *ch) {
     netchan__buf_free(&ch->returning);
     netchan__lock_own(ch); /* whoever gave away its last value, or took it, leaves first */
     netchan__unlock_own(ch);
+    for (int i = 0; netchan__place_state(&ch->own.place) % NETCHAN__BUSY; i++) netchan__let_others(i); /* likewise */
     pthread_mutex_destroy(&ch->own.receiving);
     pthread_mutex_destroy(&ch->own.sending);
     NETCHAN_FREE(ch);

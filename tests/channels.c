@@ -1425,6 +1425,152 @@ static void test_a_channel_is_freed_after_the_last_value(void) {
     check_nothing_left();
 }
 
+/* A thread that takes turns with another one: each has seen what the other did before. */
+typedef struct turns {
+    netchan *ch;
+    int count, turn; /* atomic: turn */
+    int64_t sum;
+    pthread_t thread;
+} turns;
+
+/* Waits for turn n, without sleep; and so will the calls of this thread, for a moment. */
+static void wait_for_turn(turns *t, int n) {
+    while (__atomic_load_n(&t->turn, __ATOMIC_ACQUIRE) != n) sched_yield();
+    netchan__spun_in_vain = 0;
+}
+
+static void *receive_in_turns(void *arg) {
+    turns *t = (turns *)arg;
+    for (int n = 1; n <= t->count; n++) {
+        wait_for_turn(t, n);
+        t->sum += recv_int(t->ch);
+        __atomic_store_n(&t->turn, -n, __ATOMIC_RELEASE);
+    }
+    return NULL;
+}
+
+/* The receiver may be waiting, or on its way into the call, and is on its way out when the channel is freed. */
+static void test_a_channel_is_freed_when_its_send_returns(void) {
+    turns t = {NULL, 5000, 0, 0, 0};
+    t.thread = test_start(receive_in_turns, &t);
+    for (int n = 1; n <= t.count; n++) {
+        t.ch = make(0);
+        __atomic_store_n(&t.turn, n, __ATOMIC_RELEASE);
+        for (int i = n % 64; i; i--) netchan__pause(1);
+        send_int(t.ch, n);
+        netchan_free(t.ch);
+        wait_for_turn(&t, -n);
+    }
+    test_join(t.thread);
+    CHECK_INT(t.sum, (int64_t)t.count * (t.count + 1) / 2);
+    check_nothing_left();
+}
+
+static void *send_in_turns(void *arg) {
+    turns *t = (turns *)arg;
+    for (int n = 1; n <= t->count; n++) {
+        wait_for_turn(t, n);
+        send_int(t->ch, 2);
+        __atomic_store_n(&t->turn, -n, __ATOMIC_RELEASE);
+    }
+    return NULL;
+}
+
+/* Waits until the first sender in the queue sleeps: it needs no core any more. */
+static void wait_for_a_sleeper(netchan *ch) {
+    for (bool sleeps = false; !sleeps; sched_yield()) {
+        pthread_mutex_lock(&ch->own.receiving);
+        sleeps = __atomic_load_n(&ch->lane.senders.head->op->wake, __ATOMIC_ACQUIRE) == NETCHAN__ASLEEP;
+        pthread_mutex_unlock(&ch->own.receiving);
+    }
+}
+
+/* Who waits in the queue was there before who has just come, also when a receive comes at the same moment. */
+static void test_nobody_overtakes_who_waits(void) {
+    turns t = {make(0), 500, 0, 0, 0};
+    t.thread = test_start(send_in_turns, &t);
+    for (int n = 1; n <= t.count; n++) {
+        task first;
+        start_send(&first, t.ch, netchan_int(1), LONG);
+        wait_for_waiters(t.ch, 1);
+        wait_for_a_sleeper(t.ch);
+        __atomic_store_n(&t.turn, n, __ATOMIC_RELEASE);
+        for (int i = n % 64; i; i--) netchan__pause(4);
+        CHECK_INT(recv_int(t.ch), 1);
+        CHECK_INT(recv_int(t.ch), 2);
+        CHECK_INT(end_task(&first), NETCHAN_OK);
+        wait_for_turn(&t, -n);
+    }
+    test_join(t.thread);
+    netchan_free(t.ch);
+    check_nothing_left();
+}
+
+enum { BURDEN = 50 }; /* channels in a value, so that it takes a moment to drop it */
+
+static void *send_the_channel_itself(void *arg) {
+    turns *t = (turns *)arg;
+    for (int n = 1; n <= t->count; n++) {
+        netchan_value items[BURDEN + 1];
+        wait_for_turn(t, n);
+        netchan *ch = t->ch;
+        for (int i = 0; i < BURDEN; i++) items[i] = netchan_sender(make(0));
+        items[BURDEN] = netchan_sender(ch);
+        __atomic_store_n(&t->turn, -n, __ATOMIC_RELEASE);
+        for (int i = n % 64; i; i--) netchan__pause(4);
+        CHECK_INT(netchan_send(ch, netchan_array(items, BURDEN + 1), LONG), NETCHAN_OK);
+        netchan_free(ch);
+        for (int i = 0; i < BURDEN; i++) netchan_free(netchan_as_chan(&items[i]));
+        __atomic_store_n(&t->turn, 0, __ATOMIC_RELEASE);
+    }
+    return NULL;
+}
+
+/* What a select drops may hold the last end of the channel that it came from. */
+static void test_a_select_frees_its_own_channel(void) {
+    turns t = {NULL, 2000, 0, 0, 0};
+    netchan *other = make(0);
+    t.thread = test_start(send_the_channel_itself, &t);
+    for (int n = 1; n <= t.count; n++) {
+        t.ch = make(0);
+        __atomic_store_n(&t.turn, n, __ATOMIC_RELEASE);
+        wait_for_turn(&t, -n);
+        netchan_case c[2] = {netchan_case_recv(t.ch, NULL), netchan_case_recv(other, NULL)};
+        CHECK_INT(netchan_select(c, 2, LONG), 0);
+        CHECK_INT(c[0].result, NETCHAN_OK);
+        wait_for_turn(&t, 0);
+    }
+    test_join(t.thread);
+    netchan_free(other);
+    check_nothing_left();
+}
+
+static void *receive_until_closed(void *arg) {
+    netchan_value v;
+    int64_t next = 0;
+    for (int result; (result = netchan_recv((netchan *)arg, &v, NETCHAN_FOREVER)) != NETCHAN_ECLOSED;) {
+        CHECK_INT(result, NETCHAN_OK);
+        CHECK_INT(netchan_as_int(&v, -1), next++);
+    }
+    return (void *)(intptr_t)next;
+}
+
+/* What a send gave with OK is received, however soon the channel is closed, by whoever it is. */
+static void test_close_right_after_a_rendezvous(void) {
+    for (int round = 0; round < 500; round++) {
+        netchan *ch = make(0);
+        void *count;
+        pthread_t thread = test_start(receive_until_closed, ch);
+        for (int i = 0; i < round % 50; i++) send_int(ch, i);
+        CHECK_INT(netchan_close(ch), NETCHAN_OK);
+        CHECK_INT(netchan_send(ch, netchan_int(0), LONG), NETCHAN_ECLOSED);
+        CHECK_INT(pthread_join(thread, &count), 0);
+        CHECK_INT((intptr_t)count, round % 50);
+        netchan_free(ch);
+    }
+    check_nothing_left();
+}
+
 /* --- failures --- */
 
 static netchan_value value_of_no_type(void) {
@@ -1646,6 +1792,10 @@ int main(int argc, char **argv) {
         TEST(a_channel_through_itself),
         TEST(the_last_holder_frees),
         TEST(a_channel_is_freed_after_the_last_value),
+        TEST(a_channel_is_freed_when_its_send_returns),
+        TEST(nobody_overtakes_who_waits),
+        TEST(a_select_frees_its_own_channel),
+        TEST(close_right_after_a_rendezvous),
         TEST(invalid_values_are_refused),
         TEST(misuse),
         TEST(errmsg_tells_why),

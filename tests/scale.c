@@ -95,15 +95,24 @@ static bool is_too_much(const table *t, const double *ns) {
     return false;
 }
 
-/* What others are compared with, and what seems to cost too much, is measured again: the machine may have been busy. */
-static void measure(const table *t, size_t count, void (*cost)(size_t count, double *ns), double *least) {
+static int compare_costs(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return x < y ? -1 : x > y;
+}
+
+/* Of what others are compared with, the most of several counts: a few threads may meet without a sleep, by luck.
+ * Of what seems to cost too much it is the least: the machine may have been busy. */
+static void measure(const table *t, size_t count, void (*cost)(size_t count, double *ns), double *ns) {
+    double all[COLUMNS][RUNS];
     bool is_base = count >= t->from && t->base[0] == 0;
-    cost(count, least);
-    for (int i = 1; i < RUNS && (is_base || is_too_much(t, least)); i++) {
-        double ns[COLUMNS];
-        cost(count, ns);
-        for (size_t c = 0; c < t->width; c++)
-            if (ns[c] < least[c]) least[c] = ns[c];
+    for (int run = 0; run < RUNS && (run == 0 || is_base || is_too_much(t, ns)); run++) {
+        double now[COLUMNS];
+        cost(count, now);
+        for (size_t c = 0; c < t->width; c++) {
+            all[c][run] = now[c];
+            qsort(all[c], (size_t)run + 1, sizeof all[c][0], compare_costs);
+            ns[c] = all[c][is_base ? run : 0];
+        }
     }
 }
 
