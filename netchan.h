@@ -831,7 +831,7 @@ extern "C" {
 #define NETCHAN__SMALL_END _Pragma("GCC pop_options")
 #define NETCHAN__TUNED
 #pragma GCC push_options
-#pragma GCC optimize("O1", "inline-small-functions")
+#pragma GCC optimize("O1", "inline-small-functions", "no-tree-dominator-opts", "no-tree-pta", "ira-region=one")
 #else
 #define NETCHAN__SMALL_BEGIN
 #define NETCHAN__SMALL_END
@@ -4213,6 +4213,7 @@ static void netchan__on_commit(netchan__peer *p, netchan__frame *f) {
     else if (w->announced != f->size) netchan__breach(p, "it changed the size of a value");
 }
 
+NETCHAN__SMALL_BEGIN
 /* Makes room for a value, see netchan__incoming. Returns false when out of memory. */
 static bool netchan__begin_gathering(netchan__incoming *in, size_t announced, const netchan__frame *f) {
     netchan__reader r = {f->bytes, f->bytes + f->count, false};
@@ -4260,6 +4261,7 @@ static bool netchan__gather(netchan__peer *p, netchan__incoming *in, size_t anno
     netchan__breach(p, "it sent a value that cannot be decoded, or not within max_memory");
     return false;
 }
+NETCHAN__SMALL_END
 
 static void netchan__on_fragment_for_receiver(netchan__peer *p, netchan__frame *f) {
     netchan__waiter *w = netchan__waiter_of(p, f->entry);
@@ -4469,6 +4471,7 @@ static void netchan__on_credit(netchan__peer *p, netchan__frame *f) {
     netchan__mark_dirty(ch);
 }
 
+NETCHAN__SMALL_BEGIN
 /* Local operations that wait in the queue end, unless they are engaged, or their value is at home: they learn its fate
  * from there. */
 static void netchan__end_waiters(netchan__queue *q, int result) {
@@ -4591,7 +4594,6 @@ static void netchan__on_return(netchan__peer *p, netchan__frame *f) {
     if (w) netchan__enqueue(&ch->returned, w, false);
 }
 
-NETCHAN__SMALL_BEGIN
 /* ====================================================================================================================
  * [10] Relays: ends that were passed on. Net.
  *
@@ -6786,6 +6788,7 @@ NETCHANDEF int netchan_select(netchan_case *cases, size_t count, int timeout_ms)
     return result;
 }
 
+NETCHAN__SMALL_BEGIN
 NETCHANDEF netchan *netchan_make(size_t capacity) {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     pthread_once(&once, netchan__watch_forks);
@@ -6929,6 +6932,8 @@ NETCHANDEF size_t netchan_cap(netchan *ch) {
     netchan__unlock_one(lock);
     return n;
 }
+
+NETCHAN__SMALL_END
 
 /* ====================================================================================================================
  * [13] Sessions: an ordered stream of frames between two processes, each taken once, over one link after another. A
@@ -10391,6 +10396,8 @@ static void netchan__poll_conn(netchan__conn *c) {
     p->events = events;
 }
 
+NETCHAN__SMALL_BEGIN
+
 /* ---- Connections. Caller runs the loop and holds netchan__net_lock. ---- */
 
 /* A bucket (the generic cell rate algorithm of ITU-T I.371) is the time at which it will be empty, if each drop takes
@@ -10726,6 +10733,8 @@ static void netchan__note_up(netchan__conn *c, uint64_t now) {
     netchan__soon(e); /* it may wait for that */
     netchan__alarm_set(&c->alarm, netchan__wire_tick(&c->wire, now)); /* its heartbeat begins */
 }
+
+NETCHAN__SMALL_END
 
 /* ---- Bytes. Caller runs the loop, or sends beside it, and does not hold netchan__net_lock. ---- */
 
@@ -11368,6 +11377,8 @@ static void netchan__run_loop(netchan__op *op, uint64_t deadline) {
     netchan__unlock_one(&netchan__net_lock);
 }
 
+NETCHAN__SMALL_BEGIN
+
 /* ---- Forks. The locks are held across fork(), so that the child has whole data; it forgets the parent's links, and
  * closes its copies of their connections, which would keep them alive. Listening sockets stay, for who hands them on.
  * ---- */
@@ -11893,6 +11904,7 @@ NETCHANDEF int netchan_get_stats(netchan_link *link, netchan_stats *stats) {
     return NETCHAN_OK;
 }
 
+NETCHAN__SMALL_END
 #ifdef NETCHAN__TUNED
 #pragma GCC pop_options
 #endif
