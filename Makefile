@@ -100,9 +100,9 @@ check:
 		echo "== make $$step"; $(MAKE) --no-print-directory $$step || failed="$$failed $$step"; \
 	done; [ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
-# Under a sanitizer all takes longer, and may. ThreadSanitizer needs the old layout of the address space, which setarch -R
-# gives where it is allowed.
-SANITIZER = -O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all -fsanitize
+# Under a sanitizer all takes longer, and may; compiling takes a third with -O0. ThreadSanitizer needs the old layout of the
+# address space, which setarch -R gives where it is allowed.
+SANITIZER = -g -fno-omit-frame-pointer -fno-sanitize-recover=all -fsanitize
 # Nothing of netchan.h runs in the model, nor in what must not compile; valgrind and the sanitizers exclude each other;
 # failures.sh is for who has time; scale measures what things cost, which a sanitizer changes, and takes a minute there.
 SANITIZED_TEST = NETCHAN_TEST_ALARM=300 TEST_SECONDS=600 ONCE=1 $(MAKE) --no-print-directory test LEAVE_OUT='%/model %/badfield.sh %/valgrind.sh %/failures.sh %/scale'
@@ -111,9 +111,9 @@ sanitize:
 	+@$(MAKE) --no-print-directory asan; asan=$$?; $(MAKE) --no-print-directory tsan && exit $$asan
 asan:
 	+@ASAN_OPTIONS=detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1 \
-	$(SANITIZED_TEST) BUILD=build/asan CFLAGS='$(SANITIZER)=address,undefined'
+	$(SANITIZED_TEST) BUILD=build/asan CFLAGS='-O0 $(SANITIZER)=address,undefined'
 tsan:
-	+@$(SANITIZED_TEST) BUILD=build/tsan CFLAGS='$(SANITIZER)=thread' RUN='$(NO_ASLR) tests/run'
+	+@$(SANITIZED_TEST) BUILD=build/tsan CFLAGS='-O1 $(SANITIZER)=thread' RUN='$(NO_ASLR) tests/run'
 
 matrix: | $(DEPS)
 	@tests/matrix
