@@ -13,6 +13,12 @@ enum { MANY_CASES = 30 }; /* ThreadSanitizer follows 64 locks of one thread, and
 enum { MANY_CASES = 100 };
 #endif
 
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+enum { CLOSES = 50 }; /* so often traffic is closed in the middle */
+#else
+enum { CLOSES = 150 };
+#endif
+
 enum {
     LONG = 20000, /* ms: a wait that a right implementation ends much sooner; its end fails the test */
     SHORT = 20,   /* ms: time for something wrong to happen */
@@ -1183,7 +1189,8 @@ static void test_traffic_buffered(void) {
 }
 
 static void test_close_in_the_middle_of_traffic(void) {
-    for (int i = 0; i < 150; i++) drive(&the_traffic, (size_t)i % 4, MOST, 1 + i * 3, (uint64_t)i + 1);
+    for (int i = 0; i < CLOSES; i++)
+        drive(&the_traffic, (size_t)i % 4, MOST, 1 + i * (450 / CLOSES), (uint64_t)i + 1);
 }
 
 /* --- values with memory --- */
