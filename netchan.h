@@ -955,6 +955,7 @@ static const uint8_t *netchan__read_bytes(netchan__reader *r, uint64_t size) {
 
 static uint64_t netchan__read_varint(netchan__reader *r) {
     uint64_t n = 0;
+    if (!r->bad && r->p != r->end && *r->p < 0x80) return *r->p++; /* as most are */
     for (unsigned shift = 0; shift < 64; shift += 7) {
         const uint8_t *p = netchan__read_bytes(r, 1);
         if (!p) return 0;
@@ -1617,9 +1618,15 @@ static enum netchan_type netchan__tag_type(unsigned tag) {
     }
 }
 
-/* Reads one value's head. A scalar is read whole into *v. A block's *v has its type and its count (bytes, items or
- * entries) and *body its payload after that count. */
-static void netchan__read_head(netchan__reader *r, netchan_value *v, netchan__reader *body) {
+/* How a value in bytes begins. */
+typedef struct netchan__head {
+    netchan_value v;      /* a scalar, whole; of a block its type and its count (bytes, items or entries) */
+    netchan__reader body; /* of a block: what comes after that count; of an end: its name */
+} netchan__head;
+
+static void netchan__read_head(netchan__reader *r, netchan__head *h) {
+    netchan_value *v = &h->v;
+    netchan__reader *body = &h->body;
     const uint8_t *p = netchan__read_bytes(r, 1);
     unsigned tag = p ? (unsigned)*p : (unsigned)NETCHAN__TAG_NIL;
     *v = netchan__nil_value;
@@ -1661,9 +1668,10 @@ static void netchan__read_head(netchan__reader *r, netchan_value *v, netchan__re
     else v->as.block.count = (size_t)(size / item);
 }
 
-static void netchan__scan_value(netchan__reader *r, unsigned depth, netchan__measure *m);
+static void netchan__scan_value(netchan__reader *r, netchan__head *h, unsigned depth, netchan__measure *m);
 
 static void netchan__scan_children(netchan__reader *body, const netchan_value *v, unsigned depth, netchan__measure *m) {
+    netchan__head child;
     size_t before = m->wire;
     m->wire = netchan__varint_size(v->as.block.count);
     for (size_t i = 0; i < v->as.block.count && !body->bad; i++) {
@@ -1677,35 +1685,35 @@ static void netchan__scan_children(netchan__reader *body, const netchan_value *v
             m->block += netchan__align((size_t)length + 1);
             m->wire += netchan__varint_size(length) + (size_t)length;
         }
-        netchan__scan_value(body, depth + 1, m);
+        netchan__scan_value(body, &child, depth + 1, m);
     }
     m->wire = before + netchan__length_prefixed(m->wire);
 }
 
-/* Adds what the next value needs to *m: in memory, and on the wire in its shortest form. Sets r->bad when it is
- * malformed. */
-static void netchan__scan_value(netchan__reader *r, unsigned depth, netchan__measure *m) {
-    netchan_value v;
-    netchan__reader body;
-    netchan__read_head(r, &v, &body);
+/* Reads the next value and adds what it needs to *m: in memory, and on the wire in its shortest form. *h: how it begins.
+ * Sets r->bad when it is malformed. */
+static void netchan__scan_value(netchan__reader *r, netchan__head *h, unsigned depth, netchan__measure *m) {
+    netchan__read_head(r, h);
     if (depth > NETCHAN_MAX_DEPTH) r->bad = true;
     if (r->bad) return;
-    if (netchan__is_chan(&v)) {
+    const netchan_value *v = &h->v;
+    if (netchan__is_chan(v)) {
         m->channels = true;
         m->wire += 2 + NETCHAN__END_SIZE;
-    } else if (!netchan__is_block(&v)) netchan__measure_value(&v, depth, m);
-    if (!netchan__is_block(&v)) return;
-    if (v.as.block.count > SIZE_MAX / 64 || m->block > SIZE_MAX / 2) { /* where pointers have 32 bits */
+    } else if (!netchan__is_block(v)) netchan__measure_value(v, depth, m);
+    if (!netchan__is_block(v)) return;
+    if (v->as.block.count > SIZE_MAX / 64 || m->block > SIZE_MAX / 2) { /* where pointers have 32 bits */
         r->bad = true;
         return;
     }
-    size_t size = v.as.block.count * netchan__item_size(v.type);
-    m->block += size ? netchan__align(size + (v.type == NETCHAN_STR)) : 0;
-    if (netchan__has_children(&v)) netchan__scan_children(&body, &v, depth, m);
-    else {
-        m->wire += v.type == NETCHAN_STR && size < 64 ? 1 + size : netchan__length_prefixed(size);
+    size_t size = v->as.block.count * netchan__item_size(v->type);
+    m->block += size ? netchan__align(size + (v->type == NETCHAN_STR)) : 0;
+    if (!netchan__has_children(v)) {
+        m->wire += v->type == NETCHAN_STR && size < 64 ? 1 + size : netchan__length_prefixed(size);
         return;
     }
+    netchan__reader body = h->body;
+    netchan__scan_children(&body, v, depth, m);
     if (body.bad || netchan__left(&body)) r->bad = true;
 }
 
@@ -1716,11 +1724,10 @@ static netchan_value netchan__build_end(enum netchan_type type, const uint8_t *n
     return netchan__make_end(type, ch);
 }
 
-/* Builds the next value, which netchan__scan_value() found good, in the block at *at. Without ends channels are nil. */
-static netchan_value netchan__build_value(netchan__reader *r, uint8_t **at, netchan__ends *ends) {
-    netchan_value v;
-    netchan__reader body;
-    netchan__read_head(r, &v, &body);
+/* Builds a value that netchan__scan_value() found good in the block at *at. Without ends channels are nil. */
+static netchan_value netchan__build_value(const netchan__head *h, uint8_t **at, netchan__ends *ends) {
+    netchan_value v = h->v;
+    netchan__reader body = h->body;
     if (netchan__is_chan(&v)) return netchan__build_end((enum netchan_type)v.type, body.p, ends);
     if (!netchan__is_block(&v)) return v;
     size_t count = v.as.block.count, size = count * netchan__item_size(v.type);
@@ -1730,47 +1737,51 @@ static netchan_value netchan__build_value(netchan__reader *r, uint8_t **at, netc
     }
     if (v.type == NETCHAN_STR) {
         v.as.block.data = netchan__bump_text(at, body.p, size);
-    } else {
-        uint8_t *data = (uint8_t *)netchan__bump(at, size);
-        v.as.block.data = data;
-        if (!netchan__has_children(&v)) netchan__copy_packed(data, body.p, count, netchan__item_size(v.type));
+        return v;
     }
-    if (!netchan__has_children(&v)) return v;
+    void *data = netchan__bump(at, size);
+    v.as.block.data = data;
+    if (!netchan__has_children(&v)) {
+        netchan__copy_packed((uint8_t *)data, body.p, count, netchan__item_size(v.type));
+        return v;
+    }
     for (size_t i = 0; i < count; i++) {
+        netchan_value *item = (netchan_value *)data + i;
+        netchan__head child;
         if (v.type == NETCHAN_MAP) {
-            netchan_entry *e = (netchan_entry *)(uintptr_t)v.as.block.data + i;
+            netchan_entry *e = (netchan_entry *)data + i;
             size_t length = (size_t)netchan__read_varint(&body);
             e->key = netchan__bump_text(at, netchan__read_bytes(&body, length), length);
-            e->value = netchan__build_value(&body, at, ends);
-        } else ((netchan_value *)(uintptr_t)v.as.block.data)[i] = netchan__build_value(&body, at, ends);
+            item = &e->value;
+        }
+        netchan__read_head(&body, &child);
+        *item = netchan__build_value(&child, at, ends);
     }
     return v;
 }
 
-/* The first half of netchan_decode(): checks the bytes and tells what their value needs. */
-static int netchan__scan(const void *data, size_t size, netchan__measure *m) {
+/* The first half of netchan_decode(): checks the bytes, and tells how their value begins and what it needs. */
+static int netchan__scan(const void *data, size_t size, netchan__head *h, netchan__measure *m) {
     const uint8_t *begin = (const uint8_t *)data;
     netchan__reader r = {begin, begin + size, false};
     m->wire = m->block = 0;
     m->channels = false;
-    netchan__scan_value(&r, 0, m);
+    netchan__scan_value(&r, h, 0, m);
     if (!r.bad && !netchan__left(&r)) return NETCHAN_OK;
     return netchan__fail(NETCHAN_EPROTO, "these %zu bytes are not one whole value", size);
 }
 
-/* The second half: the bytes were scanned. */
-static int netchan__build(netchan_value *v, const void *data, size_t size, const netchan__measure *m,
-                          netchan__ends *ends) {
+/* The second half. */
+static int netchan__build(netchan_value *v, const netchan__head *h, const netchan__measure *m, netchan__ends *ends) {
     uint8_t *block = NULL;
-    netchan__reader r = {(const uint8_t *)data, (const uint8_t *)data + size, false};
     if (m->block && !(block = (uint8_t *)NETCHAN_MALLOC(m->block))) return netchan__fail_memory("decoding a value");
     uint8_t *at = block;
-    *v = netchan__build_value(&r, &at, ends);
+    *v = netchan__build_value(h, &at, ends);
     NETCHAN_ASSERT(!block || at == block + m->block);
     v->flags = (uint8_t)((block ? NETCHAN__OWNED : 0) | (ends && m->channels ? NETCHAN__HAS_CHANNELS : 0));
     if (!ends || !ends->failed) return NETCHAN_OK;
     netchan_clear(v);
-    return netchan__fail(NETCHAN_EPROTO, "these %zu bytes name a channel that cannot be had", size);
+    return netchan__fail(NETCHAN_EPROTO, "these %zu bytes name a channel that cannot be had", m->wire);
 }
 
 static int netchan__check_block(size_t size, size_t block, size_t max_block) {
@@ -1780,11 +1791,12 @@ static int netchan__check_block(size_t size, size_t block, size_t max_block) {
 }
 
 NETCHANDEF int netchan_decode(netchan_value *v, const void *data, size_t size, size_t max_block) {
+    netchan__head h;
     netchan__measure m;
     *v = netchan__nil_value;
-    int result = netchan__scan(data ? data : "", data ? size : 0, &m);
+    int result = netchan__scan(data ? data : "", data ? size : 0, &h, &m);
     if (result == NETCHAN_OK) result = netchan__check_block(size, m.block, max_block);
-    return result == NETCHAN_OK ? netchan__build(v, data, size, &m, NULL) : result;
+    return result == NETCHAN_OK ? netchan__build(v, &h, &m, NULL) : result;
 }
 
 NETCHANDEF const netchan_value *netchan_at(const netchan_value *v, size_t index) {
@@ -2893,8 +2905,8 @@ static bool netchan__write_for(netchan__peer *p, uint8_t *end, const netchan_val
 }
 
 /* The value must have the size with which it is passed on. */
-static int netchan__scan_shortest(const void *data, size_t size, netchan__measure *m) {
-    int result = netchan__scan(data, size, m);
+static int netchan__scan_shortest(const void *data, size_t size, netchan__head *h, netchan__measure *m) {
+    int result = netchan__scan(data, size, h, m);
     if (result != NETCHAN_OK || m->wire == size) return result;
     return netchan__fail(NETCHAN_EPROTO, "the value is not encoded in the shortest form");
 }
@@ -2903,11 +2915,12 @@ static int netchan__scan_shortest(const void *data, size_t size, netchan__measur
 static int netchan__decode_from(netchan__peer *p, netchan_value *v, const void *data, size_t size, size_t max_block,
                                 size_t *memory) {
     netchan__names n = netchan__names_of(p);
+    netchan__head h;
     netchan__measure m;
-    int result = netchan__scan_shortest(data, size, &m);
+    int result = netchan__scan_shortest(data, size, &h, &m);
     *memory = m.block;
     if (result == NETCHAN_OK) result = netchan__check_block(size, m.block, max_block);
-    return result == NETCHAN_OK ? netchan__build(v, data, size, &m, &n.ends) : result;
+    return result == NETCHAN_OK ? netchan__build(v, &h, &m, &n.ends) : result;
 }
 
 /* A value that may become much larger in memory than on the wire stays in its bytes while it lies in a buffer: what is
@@ -2930,17 +2943,16 @@ static netchan *netchan__next_raw_end(netchan__ends *e, const uint8_t *name) {
 }
 
 static void netchan__find_raw_ends(netchan__raw *raw, netchan__reader *r, netchan__ends *ends) {
-    netchan_value v;
-    netchan__reader body;
-    netchan__read_head(r, &v, &body);
-    if (netchan__is_chan(&v) && !ends->failed) {
-        netchan *ch = ends->find(ends, body.p);
+    netchan__head h;
+    netchan__read_head(r, &h);
+    if (netchan__is_chan(&h.v) && !ends->failed) {
+        netchan *ch = ends->find(ends, h.body.p);
         ends->failed = !ch;
         if (ch) raw->list[raw->count++] = ch;
     }
-    for (size_t i = 0; netchan__has_children(&v) && i < v.as.block.count; i++) {
-        if (v.type == NETCHAN_MAP) netchan__read_bytes(&body, netchan__read_varint(&body));
-        netchan__find_raw_ends(raw, &body, ends);
+    for (size_t i = 0; netchan__has_children(&h.v) && i < h.v.as.block.count; i++) {
+        if (h.v.type == NETCHAN_MAP) netchan__read_bytes(&h.body, netchan__read_varint(&h.body));
+        netchan__find_raw_ends(raw, &h.body, ends);
     }
 }
 
@@ -2948,11 +2960,12 @@ static void netchan__find_raw_ends(netchan__raw *raw, netchan__reader *r, netcha
 static int netchan__receive_into_buffer(netchan__peer *p, netchan_value *v, const void *data, size_t size,
                                         size_t *memory) {
     netchan__names n = netchan__names_of(p);
+    netchan__head h;
     netchan__measure m;
-    int result = netchan__scan_shortest(data, size, &m);
+    int result = netchan__scan_shortest(data, size, &h, &m);
     *memory = m.block;
     if (result != NETCHAN_OK) return result;
-    if (m.block <= size + NETCHAN__RAW_GAIN) return netchan__build(v, data, size, &m, &n.ends);
+    if (m.block <= size + NETCHAN__RAW_GAIN) return netchan__build(v, &h, &m, &n.ends);
     size_t most = m.channels ? size / (2 + NETCHAN__END_SIZE) : 0;
     size_t head = sizeof(netchan__raw) + most * sizeof(netchan *);
     netchan__raw *raw = (netchan__raw *)NETCHAN_MALLOC(head + size);
@@ -2983,9 +2996,12 @@ static void netchan__free_raw_ends(const netchan_value *v) {
 static int netchan__ripen(netchan__lane *lane, netchan__slot *slot) {
     if (slot->value.type != NETCHAN__RAW) return NETCHAN_OK;
     netchan__raw *raw = (netchan__raw *)(uintptr_t)slot->value.as.block.data;
+    const uint8_t *data = (const uint8_t *)raw + slot->value.as.block.count;
+    netchan__reader r = {data, data + raw->size, false};
+    netchan__head h;
     netchan_value v;
-    int result = netchan__build(&v, (uint8_t *)raw + slot->value.as.block.count, raw->size, &raw->measure,
-                                raw->measure.channels ? &raw->ends : NULL);
+    netchan__read_head(&r, &h);
+    int result = netchan__build(&v, &h, &raw->measure, raw->measure.channels ? &raw->ends : NULL);
     if (result != NETCHAN_OK) return result;
     netchan__occupy(lane, slot, false);
     slot->value = v;
@@ -3064,8 +3080,9 @@ static void netchan__lend_now(netchan__lane *lane) {
 static void netchan__lend(netchan__lane *lane) {
     netchan__peer *p = lane->peer;
     if (!netchan__lends(lane)) return;
-    size_t more = netchan__lendable(lane) - lane->lent, most = p->max_memory / 4 / NETCHAN__FRAGMENT + 1;
-    size_t batch = (lane->cap < most ? lane->cap : most) / 4;
+    size_t most = p->max_memory / 4 / NETCHAN__FRAGMENT + 1, batch = (lane->cap < most ? lane->cap : most) / 4;
+    if (lane->lent && lane->left < batch) return;
+    size_t more = netchan__lendable(lane) - lane->lent;
     if ((more && more >= batch) || lane->left > batch || (more && !lane->lent && !p->owe)) netchan__lend_now(lane);
     else if (more && !lane->lent && !p->owes) {
         p->owes = true;
@@ -7739,8 +7756,9 @@ static void netchan__take_back(netchan__session *s, netchan__queue *unsent) {
         s->peer.returned++;
         s->peer.stats->values_sent--;
         netchan__names names = {{NULL, netchan__find_own, false}, &s->peer};
+        netchan__head h;
         netchan__measure m;
-        if (netchan__scan(body.p, size, &m) != NETCHAN_OK || netchan__build(&v, body.p, size, &m, &names.ends)) {
+        if (netchan__scan(body.p, size, &h, &m) != NETCHAN_OK || netchan__build(&v, &h, &m, &names.ends)) {
             ch->undelivered++; /* out of memory */
             continue;
         }
