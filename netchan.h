@@ -2479,8 +2479,9 @@ static bool netchan__lane_room(netchan__lane *lane) {
     NETCHAN_FREE(lane->slots);
     lane->slots = slots;
     lane->room = room;
-    lane->first = lane->seen_first = lane->seen_last = 0;
-    lane->last = count;
+    lane->seen_first = lane->seen_last = 0;
+    __atomic_store_n(&lane->first, 0, __ATOMIC_RELAXED); /* netchan__about_held() may look */
+    __atomic_store_n(&lane->last, count, __ATOMIC_RELAXED);
     return true;
 }
 
@@ -6632,24 +6633,48 @@ static bool netchan__receive_quickly(netchan_case *c) {
     return true;
 }
 
+/* How many values are, or were a moment ago, in a buffer that is not locked. */
+static size_t netchan__about_held(const netchan__lane *lane) {
+    size_t first = __atomic_load_n(&lane->first, __ATOMIC_RELAXED);
+    return __atomic_load_n(&lane->last, __ATOMIC_RELAXED) - first;
+}
+
+/* How long this thread pauses before it looks at a buffer again for the first time, as what netchan__back_off() begins
+ * with. A value's way from one core to the other takes longer than all else that is done with it; of several that go
+ * together only the first pays for it. So it waits longer as long as it finds several things to do afterwards: twice
+ * as long each time, and a quarter once it finds one. */
+static NETCHAN__THREAD_LOCAL int netchan__patience;
+
+static void netchan__note_work(bool several) {
+    enum { LEAST = 16, MOST = 128 };
+    if (!several) netchan__patience /= 4;
+    else if (netchan__patience < MOST) netchan__patience = netchan__patience ? 2 * netchan__patience : (int)LEAST;
+}
+
 /* Lets the other side get several things done, before this call waits in the queue of a channel of this process. */
 static bool netchan__send_soon(netchan *ch, const netchan_value *v, const netchan__measure *m) {
-    bool sent = false;
+    bool sent = false, first = true;
     if (!ch->lane.cap) return netchan__await_receiver(&ch->own.place) && netchan__send_simple(ch, v, m);
-    for (int pauses = 0; !sent && netchan__back_off(&pauses);) sent = netchan__send_simple(ch, v, m);
+    for (int pauses = netchan__patience; !sent && netchan__back_off(&pauses); first = false) {
+        if (first) netchan__note_work(netchan__about_held(&ch->lane) + 1 < ch->lane.cap);
+        sent = netchan__send_simple(ch, v, m);
+    }
     return netchan__note_spin(sent);
 }
 
 /* The same for a receive. Where there is no buffer it is quicker to wait at once than to look first who does. */
 static bool netchan__receive_soon(netchan_case *c) {
-    bool done = false;
+    bool done = false, first = true;
     if (!c->ch->lane.cap) {
         netchan_value v;
         done = netchan__receive_there(&c->ch->own.place, &v);
         if (done) netchan__pass_on(c, &v);
         return done || netchan__receive_quickly(c);
     }
-    for (int pauses = 0; !done && netchan__back_off(&pauses);) done = netchan__receive_quickly(c);
+    for (int pauses = netchan__patience; !done && netchan__back_off(&pauses); first = false) {
+        if (first) netchan__note_work(netchan__about_held(&c->ch->lane) > 1);
+        done = netchan__receive_quickly(c);
+    }
     return netchan__note_spin(done);
 }
 
