@@ -5705,19 +5705,26 @@ static bool netchan__end_negotiations(netchan__peer *p) {
     return ended;
 }
 
-/* The values for this process alone have nobody to go to. Returns how many there were. */
-static size_t netchan__end_direct(netchan__peer *p) {
-    netchan__lane *lane = p->direct;
-    if (!lane) return 0;
+/* The values in this buffer have nobody to go to. Returns how many were certainly not taken; *unknown: of how many others
+ * nobody knows. */
+static size_t netchan__lose_values(netchan__lane *lane, uint64_t *unknown) {
     size_t count = 0;
-    p->direct = NULL;
-    lane->only = NULL;
-    lane->closing = true;
     for (size_t i = lane->first; i != lane->last; i++) {
-        if (netchan__slot_at(lane, i)->redelivered) p->unknown++;
+        if (netchan__slot_at(lane, i)->redelivered) ++*unknown;
         else count++;
     }
     netchan__lane_empty(lane);
+    return count;
+}
+
+/* Those for this process alone. Returns likewise. */
+static size_t netchan__end_direct(netchan__peer *p) {
+    netchan__lane *lane = p->direct;
+    if (!lane) return 0;
+    p->direct = NULL;
+    lane->only = NULL;
+    lane->closing = true;
+    size_t count = netchan__lose_values(lane, &p->unknown);
     netchan__end_senders(lane, NETCHAN_ELOST);
     netchan__lane_changed(lane); /* it is freed when no match needs it */
     return count;
@@ -8077,11 +8084,10 @@ static void netchan__on_accepted(netchan *ch, const netchan_value *v) {
     netchan__look(); /* the next is shown */
 }
 
-/* The session is over: its own channels lead nowhere. Returns how many values were in them that are lost. */
+/* The session is over: its own channels lead nowhere. Returns as netchan__lose_values(), for what was in them. */
 static size_t netchan__end_own_channels(netchan__session *s, bool drained) {
     netchan *send = s->own_send, *recv = s->own_recv;
     netchan__lane *shown = s->is_shown ? &s->hub->link.accept->lane : NULL;
-    size_t count = 0;
     netchan__dequeue_session(s);
     if (!send) return 0;
     if (shown && netchan__held(shown) &&
@@ -8091,8 +8097,7 @@ static size_t netchan__end_own_channels(netchan__session *s, bool drained) {
         netchan__lane_changed(shown);
         netchan__look();
     }
-    count = netchan__held(&send->lane);
-    netchan__lane_empty(&send->lane);
+    size_t count = netchan__lose_values(&send->lane, &s->peer.unknown);
     send->gone = true;
     if (drained) send->closing = send->lane.closing = recv->closing = true;
     else recv->senders_lost = true;
@@ -8987,12 +8992,7 @@ static netchan_report netchan__hub_close(netchan__hub *h) {
         netchan__change_state(w->op, NETCHAN__OPEN, NETCHAN__ENGAGED);
         netchan__finish(w->op, w, NETCHAN_ECLOSED);
     }
-    netchan__lane *left = &send->lane; /* the listener's buffer; at an end it is empty */
-    for (size_t i = left->first; i != left->last; i++) {
-        if (netchan__slot_at(left, i)->redelivered) r.unknown++;
-        else r.undelivered++;
-    }
-    if (!h->dials) netchan__lane_empty(left);
+    if (!h->dials) r.undelivered += netchan__lose_values(&send->lane, &h->unknown); /* at an end it is empty */
     r.undelivered += send->undelivered;
     r.unknown += (size_t)h->unknown;
     return r;
