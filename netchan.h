@@ -237,9 +237,9 @@
  *     answered, or values would be received out of their order. The values of all OFFERs with flag 8 may count
  *     max_memory / 96 bytes. A CLAIM that is not answered for six times ping_ms and twice resume_ms of H is a breach;
  *     for a relayed entry, four times that. So is an entry that H has engaged, and neither ends nor releases, and a
- *     try that it does not answer, for four times those of E. Time without a link counts a quarter. Unknown types are
- *     skipped. size is the encoded size of the value; a value over 16,256 bytes is never in the frame that names its
- *     size: it is shipped in FRAGMENTs after GRANT or COMMIT.
+ *     try or a WITHDRAW that it does not answer, for four times those of E. Time without a link counts a quarter.
+ *     Unknown types are skipped. size is the encoded size of the value; a value over 16,256 bytes is never in the frame
+ *     that names its size: it is shipped in FRAGMENTs after GRANT or COMMIT, and what answers it comes after the last.
  *     The commit protocol is described at [9], relays at [10].
  */
 
@@ -4297,7 +4297,7 @@ static void netchan__on_fragment_for_receiver(netchan__peer *p, netchan__frame *
 
 static void netchan__on_release(netchan__peer *p, netchan__frame *f) {
     netchan__waiter *w = netchan__engaged_waiter(p, f->entry, f->match);
-    if (!w || netchan__state(w->op) != NETCHAN__ENGAGED || w->op->is_released) {
+    if (!w || netchan__state(w->op) != NETCHAN__ENGAGED || w->op->is_released || w->position > p->sent) {
         netchan__breach(p, "it released a match that was not granted");
         return;
     }
@@ -4326,7 +4326,7 @@ static void netchan__on_accept(netchan__peer *p, netchan__frame *f) {
         return;
     }
     bool expected = refused ? engaged || !w->claim : w->is_send && (state == NETCHAN__OPEN ? w->here : engaged);
-    if (!expected || w->ahead || f->number > 15) {
+    if (!expected || w->ahead || f->number > 15 || (engaged && w->position > p->sent)) {
         netchan__breach(p, "it accepted what was not offered");
         return;
     }
@@ -4869,7 +4869,8 @@ static void netchan__relay_fragment_down(netchan__peer *p, netchan__remote *r, n
 
 static void netchan__relay_release(netchan__peer *p, netchan__remote *r, netchan__frame *f) {
     netchan__waiter *w = &r->waiter;
-    if (r->step != NETCHAN__GRANTED || f->match != w->claim || (!w->is_send && w->announced)) {
+    bool granted = r->step == NETCHAN__GRANTED && f->match == w->claim && w->position <= p->sent;
+    if (!granted || (!w->is_send && w->announced)) {
         netchan__breach(p, "it released a match that was not granted");
         return;
     }
@@ -4884,14 +4885,14 @@ static void netchan__relay_release(netchan__peer *p, netchan__remote *r, netchan
 /* A frame of the process on the way to the home, for a waiter that waits here. */
 static void netchan__relay_down(netchan__peer *p, netchan__remote *r, netchan__frame *f) {
     netchan__waiter *w = &r->waiter;
+    bool granted = r->step == NETCHAN__GRANTED && w->position <= p->sent;
     switch (f->type) {
     case NETCHAN__CLAIM: netchan__relay_claim(p, r, f); break;
     case NETCHAN__COMMIT: netchan__relay_commit(p, r, f); break;
     case NETCHAN__FRAGMENT_DOWN: netchan__relay_fragment_down(p, r, f); break;
     case NETCHAN__RELEASE: netchan__relay_release(p, r, f); break;
     case NETCHAN__ACCEPT:
-        if (f->number > 15 || (f->number == 0 && r->step != NETCHAN__GRANTED) || r->step == NETCHAN__CLAIMED ||
-            r->step == NETCHAN__SHIPPED)
+        if (f->number > 15 || (!granted && (f->number == 0 || r->step != NETCHAN__IDLE)))
             netchan__breach(p, "it accepted what was not offered");
         else {
             if (!f->number) {
@@ -4966,11 +4967,12 @@ static void netchan__relay_fragment_up(netchan__peer *p, netchan__remote *r, net
 
 /* A frame of the process whose waiter it is. */
 static void netchan__relay_up(netchan__peer *p, netchan__remote *r, netchan__frame *f) {
+    bool shipped = r->step == NETCHAN__SHIPPED && r->waiter.position <= p->sent;
     switch (f->type) {
     case NETCHAN__GRANT: netchan__relay_grant(p, r, f); break;
     case NETCHAN__FRAGMENT_UP: netchan__relay_fragment_up(p, r, f); break;
     case NETCHAN__DECLINE:
-        if (r->step != NETCHAN__CLAIMED && r->step != NETCHAN__SHIPPED) {
+        if (r->step != NETCHAN__CLAIMED && !shipped) {
             netchan__breach(p, "it declined what was not claimed");
             break;
         }
@@ -4978,7 +4980,7 @@ static void netchan__relay_up(netchan__peer *p, netchan__remote *r, netchan__fra
         netchan__relay_forget(r);
         break;
     default: /* TAKEN */
-        if (r->step != NETCHAN__SHIPPED) {
+        if (!shipped) {
             netchan__breach(p, "it took what was not committed");
             break;
         }
@@ -5267,13 +5269,13 @@ static void netchan__receiver_lost(netchan__match *m, netchan__peer *p, bool shi
 static void netchan__on_decline(netchan__peer *p, netchan__frame *f) {
     netchan__match *m = netchan__answered(p, f->match, -1);
     if (!m) m = netchan__answered(p, f->match, 3);
-    if (!m) netchan__breach(p, "it declined what was not claimed");
+    if (!m || (m->step == 3 && m->position > p->sent)) netchan__breach(p, "it declined what was not claimed");
     else netchan__receiver_lost(m, p, f->number && (m->step == 3 || m->carried));
 }
 
 static void netchan__on_taken(netchan__peer *p, netchan__frame *f) {
     netchan__match *m = netchan__answered(p, f->match, 3);
-    if (m) netchan__end_match(m, NETCHAN_OK, p->number);
+    if (m && m->position <= p->sent) netchan__end_match(m, NETCHAN_OK, p->number);
     else netchan__breach(p, "it took what was not committed");
 }
 
@@ -7374,7 +7376,8 @@ static uint64_t netchan__queue_parcel(netchan__session *s, const netchan__frame 
     return UINT64_MAX; /* netchan__shipped() will tell */
 }
 
-/* netchan__peer.keep. It happens when the other side ends what it has not received, or the session is over. */
+/* netchan__peer.keep. Who ends a value has received it all, or breaks the protocol; a session that is over has no parcels
+ * any more. So there is nothing to keep, and should there be after all, it is not read where it was freed. */
 static void netchan__session_keep(netchan__peer *p, bool shipped, uint64_t entry) {
     for (netchan__parcel *parcel = netchan__session_of(p)->parcels; parcel; parcel = parcel->next) {
         if (parcel->entry != entry || parcel->from_home != shipped || !parcel->lent_size) continue;
