@@ -215,7 +215,7 @@
  *     22 RELEASE entry, match    H: the grant is not used, the entry waits again
  *     23 ACCEPT entry, result    H: a send is over; or, with a result that is not 0, any entry. result: 0 OK, else the
  *               negated result code
- *     24 WITHDRAWN entry         H: the answer to a try that found nobody, and to WITHDRAW
+ *     24 WITHDRAWN entry         H: the answer to a try that found nobody, and to WITHDRAW of a firm entry that waits
  *     25 CREDIT channel, n, left    L: n more values may be sent; `left` of those sent before have left the buffer
  *     26 CLOSED channel          H, to receiver ends: after the last value
  *     27 RETURN channel, size, bytes    L hangs up: a value that nobody received; in parts if it is large, one after
@@ -2214,6 +2214,7 @@ struct netchan {
     size_t rooms, stand_ins; /* waiters in ahead and early; of these, those that home knows as receives */
     size_t wanted;           /* atomic: how many there should be */
     uint64_t given_up;       /* the entry of the room that was given up last, until home says that it knows; or 0 */
+    uint64_t given_up_waited; /* see netchan__check_answer() */
     uint64_t received_at;    /* atomic: when the last receive returned, in nanoseconds */
     size_t undelivered;      /* values that were sent with OK and could not be */
     size_t largest, largest_memory; /* of the values sent with OK: bytes on the wire, and here */
@@ -4034,7 +4035,7 @@ static void netchan__give_early_back(netchan *ch) {
     NETCHAN_ASSERT(p);
     __atomic_store_n(&ch->wanted, 0, __ATOMIC_RELAXED);
     while ((w = ch->ahead.head)) {
-        if (w->firm) ch->given_up = w->id;
+        if (w->firm) ch->given_up = w->id, ch->given_up_waited = 0;
         netchan__emit_entry(w, NETCHAN__WITHDRAW, 0, 0);
         netchan__free_room(w);
     }
@@ -4059,10 +4060,14 @@ static void netchan__drop_early(netchan *ch) {
     __atomic_store_n(&ch->early_count, 0, __ATOMIC_RELAXED);
 }
 
+static size_t netchan__wanted_rooms(const netchan *ch) {
+    size_t wanted = __atomic_load_n(&ch->wanted, __ATOMIC_RELAXED), most = netchan__early_most(ch);
+    return wanted < most ? wanted : most;
+}
+
 /* As many rooms as are wanted. Too many become fewer when values are taken. */
 static void netchan__make_rooms(netchan *ch) {
-    size_t wanted = __atomic_load_n(&ch->wanted, __ATOMIC_RELAXED), most = netchan__early_most(ch);
-    if (wanted > most) wanted = most;
+    size_t wanted = netchan__wanted_rooms(ch);
     while (ch->rooms < wanted && !ch->given_up && !ch->home->down && netchan__make_room(ch)) continue;
 }
 
@@ -4113,7 +4118,7 @@ static void netchan__vacate(netchan__waiter *w, const netchan__waiter *r, bool a
 static netchan_value netchan__take_early(netchan *ch, const netchan__waiter *r, bool *redelivered) {
     netchan__waiter *w = ch->early.head;
     netchan_value v = w->claim_value;
-    bool again = !r && !netchan__room_of(w)->stands_in && ch->rooms <= __atomic_load_n(&ch->wanted, __ATOMIC_RELAXED);
+    bool again = !r && !netchan__room_of(w)->stands_in && ch->rooms <= netchan__wanted_rooms(ch);
     netchan__frame f = netchan__new_frame(NETCHAN__GRANT);
     f.match = w->claim;
     f.size = again;
@@ -4704,13 +4709,13 @@ static void netchan__relay_register(netchan__remote *r) {
     bool costs = w->is_send && ch->credited && ch->lane.cap;
     size_t large = w->is_send ? w->size : r->declined;
     bool full = large > NETCHAN__FRAGMENT && netchan__relay_full(r, large);
-    if (!w->is_send && ch->given_up) return; /* see E2 */
     if (!p || p->leaving || (costs && !ch->credit) || (w->is_try && p->down) || full) {
         if (!w->is_try) return;
         netchan__emit_entry(w, NETCHAN__WITHDRAWN, 0, 0);
         netchan__relay_forget(r);
         return;
     }
+    if (!w->is_send && ch->given_up) return; /* see A2 */
     r->up_id = ++netchan__net.last_id;
     if (!netchan__map_put(&netchan__net.waiters, r->up_id, w)) {
         netchan__breach(w->peer, "out of memory for one of its operations");
@@ -4732,7 +4737,6 @@ static void netchan__relay_register(netchan__remote *r) {
 /* A waiter of another process has come to this end. */
 static void netchan__relay(netchan__remote *r) {
     netchan__enqueue(&r->waiter.ch->relayed, &r->waiter, false);
-    if (r->waiter.ch->rooms) netchan__give_early_back(r->waiter.ch);
     netchan__relay_register(r);
 }
 
@@ -5467,6 +5471,8 @@ static void netchan__check_claims(uint64_t now) {
         if (engaged || w->is_try) netchan__check_answer(w->peer, &w->waited, gap, HOPS);
         else w->waited = 0;
     }
+    for (netchan__peer *p = netchan__net.peers; p; p = p->next_peer)
+        if (p->recv && p->recv->given_up) netchan__check_answer(p, &p->recv->given_up_waited, gap, HOPS);
 }
 
 static bool netchan__is_dead(void);

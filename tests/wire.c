@@ -2029,6 +2029,40 @@ static void test_early_values_and_an_engaged_select(void) {
     end_call(&c, &a);
 }
 
+/* A home that does not say that it knows what was given back holds up every receive. */
+static void test_who_does_not_answer_a_withdraw(void) {
+    door d = open_door();
+    call c;
+    frame f;
+    task t;
+    rooms q;
+    bytes b;
+    q.match = 100;
+    memset(&c, 0, sizeof c);
+    c.address = d.address;
+    c.o = options();
+    c.o.buffer = 4;
+    c.o.connect_ms = LONG;
+    c.o.ping_ms = 200;
+    c.o.resume_ms = c.o.linger_ms = 100;
+    c.thread = test_start(run_call, &c);
+    raw *r = raw_admit(&d, 4);
+    test_join(c.thread);
+    CHECK(c.link);
+    serve_until_ahead(r, &q, c.link->recv);
+    claim_with(r, &q, q.entries[0], 7);
+    for (size_t i = 1; i < q.count; i++) EXPECT(r, &f, WITHDRAW, q.entries[i]);
+    start_recv(&t, c.link->recv, 1, NETCHAN_NOWAIT);
+    b.size = 0;
+    put_frame(&b, PING, (uint64_t[]){1}, 1, NULL, 0); /* it lives */
+    for (long long end = test_ms() + LONG; raw_send(r, b.data, b.size) && raw_frame(r, &f); test_pause(20))
+        CHECK(test_ms() < end);
+    wait_event(c.link, "lost", "does not answer");
+    CHECK(end_task(&t) != NETCHAN_OK);
+    raw_close(r);
+    end_call(&c, &d);
+}
+
 /* A dialler goes on with its session, as the text says, and believes nobody who does not prove that he knows it. */
 static void test_a_dialler_resumes(void) {
     door d = open_door();
@@ -2971,6 +3005,79 @@ static void test_a_relay_between_foreigners(void) {
     close_room(&m);
 }
 
+/* The receiving end of a link is passed on while values come early. Those that are on their way are received here, before
+ * newer ones. */
+static void test_early_values_and_a_relay(void) {
+    door d = open_door();
+    room m = open_room();
+    call c;
+    frame f;
+    task t;
+    rooms q;
+    bytes b;
+    b.size = 0;
+    q.match = 100;
+    start_call(&c, &d, 4, LONG);
+    raw *r = raw_admit(&d, 4);
+    test_join(c.thread);
+    CHECK(c.link);
+    raw *third = raw_join(m.l->address, 0);
+    serve_until_ahead(r, &q, c.link->recv);
+    end e = raw_get_end(&m, third, netchan_receiver(c.link->recv));
+    uint64_t entry = demand(r, &q, &t, c.link->recv);
+    PUT(&b, DEMAND, e.id, 7, 7, 0, 0);
+    raw_say(third, &b);
+    check_quiet(third);
+    claim_with(r, &q, q.entries[0], 1);
+    claim_with(r, &q, entry, 2);
+    do next_frame(r, &f, GRANT);
+    while (f.type != GRANT);
+    CHECK_INT(get_number(&f), q.match - 1);
+    CHECK_INT(end_task(&t), NETCHAN_OK);
+    CHECK_INT(netchan_as_int(&t.got, -1), 1);
+    raw_close(third);
+    raw_close(r);
+    netchan_hangup(c.link, NULL);
+    close(d.fd);
+    close_room(&m);
+}
+
+/* Early values went back, and home has not said yet that it knows: a try of who got the end is answered at once, when
+ * there is no link. */
+static void test_a_relayed_try_after_early_values(void) {
+    door d = open_door();
+    room m = open_room();
+    call c;
+    frame f;
+    rooms q;
+    bytes b;
+    b.size = 0;
+    q.match = 100;
+    start_call(&c, &d, 4, LONG);
+    raw *r = raw_admit(&d, 4);
+    test_join(c.thread);
+    CHECK(c.link);
+    raw *third = raw_join(m.l->address, 0);
+    end e = raw_get_end(&m, third, netchan_receiver(c.link->recv));
+    PUT(&b, DROP, e.id, 1, 0);
+    raw_say(third, &b);
+    check_quiet(third);
+    serve_until_ahead(r, &q, c.link->recv);
+    claim_with(r, &q, q.entries[0], 7);
+    for (size_t i = 1; i < q.count; i++) EXPECT(r, &f, WITHDRAW, q.entries[i]);
+    EXPECT(r, &f, DECLINE, q.match, 0);
+    e = raw_get_end(&m, third, netchan_receiver(c.link->recv));
+    raw_close(r);
+    wait_event(c.link, "down", "");
+    PUT(&b, DEMAND, e.id, 7, 7, TRY, 0);
+    raw_say(third, &b);
+    EXPECT(third, &f, WITHDRAWN, 7);
+    raw_close(third);
+    netchan_hangup(c.link, NULL);
+    close(d.fd);
+    close_room(&m);
+}
+
 /* Who relays is sent no value with an offer; and takes none. */
 static void test_values_and_relays(void) {
     room m = open_room();
@@ -3261,6 +3368,9 @@ int main(int argc, char **argv) {
         TEST(less_capacity_than_asked_for),
         TEST(hangup_while_a_select_is_promised),
         TEST(early_values_of_a_dialler),
+        TEST(early_values_and_a_relay),
+        TEST(a_relayed_try_after_early_values),
+        TEST(who_does_not_answer_a_withdraw),
         TEST(early_values_and_an_engaged_select),
         TEST(a_dialler_resumes),
         TEST(what_a_refusal_says_is_cleaned),
