@@ -11006,11 +11006,12 @@ static void netchan__tick_conn(netchan__conn *c, uint64_t now) {
 }
 
 static void netchan__tick_endpoint(netchan__endpoint *e, uint64_t now) {
-    if (!e->hub.dials && !e->slot && netchan__poll_room()) {
+    bool unseen = !e->hub.dials && !e->slot;
+    if (unseen && netchan__poll_room()) {
         netchan__poll_add(e->fd, NULL, e);
         e->next_listener = netchan__io.listeners;
         netchan__io.listeners = e;
-    }
+    } else if (unseen) netchan__alarm_by(&e->alarm, now + (uint64_t)e->hub.options.ping_ms * 1000000u);
     if (e->stopping) netchan__hub_stop(&e->hub); /* a greeting may have ended meanwhile */
     netchan__alarm_by(&e->alarm, netchan__hub_tick(&e->hub, now));
     netchan__tell_rejected(e, now);
