@@ -726,6 +726,8 @@ NETCHANDEF int netchan_fingerprint(const char *cert, char *out, size_t size);
  *   NETCHAN_ASSERT(x)                               checks of our own bugs, never of input [assert]
  *   NETCHAN_MAX_DEPTH                               how deep values may be nested [64]
  *   NETCHAN_WINDOW                                  bytes sent to a peer and not acknowledged, at most [4 MiB]
+ *   NETCHAN_EARLY_MS                                milliseconds that a value which came ahead of the receives of a quick
+ *                                                   receiver waits for the next of them, before others may have it [5]
  *   NETCHAN_KEY_RECORDS                             records each way after which a link is replaced by one with fresh
  *                                                   keys; AES-GCM is good for 2^24.5 (RFC 8446 section 5.5) [2^23]
  *   NETCHAN_STATIC                                  all functions static: the library private to one file
@@ -804,6 +806,9 @@ NETCHANDEF int netchan_fingerprint(const char *cert, char *out, size_t size);
 
 #ifndef NETCHAN_WINDOW
 #define NETCHAN_WINDOW (4u << 20)
+#endif
+#ifndef NETCHAN_EARLY_MS
+#define NETCHAN_EARLY_MS 5
 #endif
 #ifndef NETCHAN_KEY_RECORDS
 #define NETCHAN_KEY_RECORDS (1u << 23)
@@ -908,8 +913,8 @@ static bool netchan__buf_append(netchan__buf *b, const void *data, size_t size) 
     return true;
 }
 
-/* Drops bytes from the front; an emptied large buffer gives its memory back, so that idle peers cost little. */
-/* keeps: it will be filled again soon. */
+/* Drops bytes from the front. An emptied large buffer gives its memory back, so that idle peers cost little, unless it
+ * keeps it, as it will be filled again soon. */
 static void netchan__buf_pass(netchan__buf *b, size_t size, bool keeps) {
     NETCHAN_ASSERT(size <= netchan__buf_size(b));
     b->start += size;
@@ -1987,7 +1992,7 @@ enum { NETCHAN__SWELL = 24 };
 
 /* Values of a work queue that one peer may have before it receives them, and the bytes of one of them, at most. How
  * long they may wait there, and between two receives for which it is worth while. */
-enum { NETCHAN__EARLY_MOST = 16, NETCHAN__EARLY_SIZE = 1024, NETCHAN__EARLY_MS = 5, NETCHAN__EARLY_PACE_MS = 1 };
+enum { NETCHAN__EARLY_MOST = 16, NETCHAN__EARLY_SIZE = 1024, NETCHAN__EARLY_PACE_MS = 1 };
 
 /* Of x86 and most ARM; where they are longer, only time is lost. */
 enum { NETCHAN__CACHE_LINE = 64 };
@@ -2031,7 +2036,7 @@ struct netchan__waiter {
     size_t size, memory;   /* its encoded bytes, and what it occupies at home */
     bool is_send, multi;   /* multi: the operation has several cases */
     bool is_try;           /* answer at once */
-    bool firm;             /* never declined: one case, no timeout; or ahead */
+    bool firm;             /* one case, no timeout: it has nothing else to do; or ahead */
     bool ahead;            /* no receive, but room for a value that comes before there is one: see [9] */
     bool here;             /* the value is at home, and so the home's to match */
     bool withdrawn;        /* goes when its match falls through */
@@ -2125,7 +2130,7 @@ struct netchan__lane {
     netchan__slot *slots; /* a ring that grows up to cap */
     size_t room, cap;     /* room: a power of two */
     size_t out;      /* values of the buffer that are out on claims */
-    size_t pinned;   /* of those, on claims that can be declined */
+    size_t pinned;   /* of those, on claims of waiters that are not firm */
     size_t reserved; /* slots promised to senders being claimed */
     size_t lent;     /* credit at the peer */
     bool closing;    /* no more values will enter */
@@ -3946,18 +3951,18 @@ static bool netchan__announce(netchan__peer *p, uint64_t size, size_t *announced
  * and has the fate of any claimed value. Home serves those who receive first.
  *
  * Invariants.
- *   E1  No value lies here beside a receive that could take it, unless the link is down: others may have it then.
- *   E2  A value lies here for NETCHAN__EARLY_MS at most while nothing is taken; then all go back, for others. Each
+ *   A1  No value lies here beside a receive that could take it, unless the link is down: others may have it then.
+ *   A2  A value lies here for NETCHAN_EARLY_MS at most while nothing is taken; then all go back, for others. Each
  *       takes its old place there; a process that has received later ones gets it out of turn. This one does not: its
  *       next receive is registered when home has all that it had sent here (it answers the WITHDRAW of what is firm).
- *   E3  If an early value serves a receive that home knows, and which has no other case, the value's room stands in for
+ *   A3  If an early value serves a receive that home knows, and which has no other case, the value's room stands in for
  *       it, or home would have a value out for nothing, and others come before it. Should that be a large one, only the
  *       claim waits here, for a receive that takes it over. When nobody receives, a stand-in goes back as values do. */
 
 typedef struct netchan__room {
     netchan__op op; /* always open: nobody waits for it */
     netchan__waiter waiter;
-    bool stands_in; /* for a receive, see E3 */
+    bool stands_in; /* for a receive, see A3 */
 } netchan__room;
 
 /* An operation without a caller, of one case, which is not registered yet. All else of both is 0. */
@@ -4131,7 +4136,7 @@ static netchan_value netchan__take_early(netchan *ch, const netchan__waiter *r, 
     return v;
 }
 
-/* A receive takes over the first claim, which is for a large value (E3). */
+/* A receive takes over the first claim, which is for a large value (A3). */
 static void netchan__take_claim(netchan *ch, netchan__waiter *r) {
     netchan__waiter *w = ch->early.head;
     bool stands_in = netchan__needs_stand_in(r);
@@ -4146,7 +4151,7 @@ static void netchan__take_claim(netchan *ch, netchan__waiter *r) {
     netchan__grant(r);
 }
 
-/* Gives early values to the receives that wait (E1). */
+/* Gives early values to the receives that wait (A1). */
 static void netchan__hand_out(netchan *ch) {
     netchan__waiter *next;
     for (netchan__waiter *r = ch->receivers.head; r && netchan__has_early(ch); r = next) {
@@ -4447,7 +4452,7 @@ static void netchan__register(netchan__waiter *w) {
     bool costs = w->is_send && w->ch->credited && w->ch->lane.cap;
     if (costs && (!large || !w->ch->credit)) return;
     if (w->is_send && w->ch->detached && (!detached || netchan__next_sender(w->ch) != w)) return; /* those first */
-    if (!w->is_send && w->ch->given_up) { /* see E2 */
+    if (!w->is_send && w->ch->given_up) { /* see A2 */
         w->op->tries += w->is_try && !w->waits;
         w->waits = true;
         return;
@@ -5208,7 +5213,7 @@ static void netchan__on_drop(netchan__peer *p, netchan__frame *f) {
 static void netchan__on_withdraw(netchan__peer *p, netchan__frame *f) {
     netchan__waiter *w = (netchan__waiter *)netchan__map_get(&p->waiters, f->entry);
     if (!w) return;
-    if (w->firm && !w->ch->is_end) netchan__emit_entry(w, NETCHAN__WITHDRAWN, 0, 0); /* see E2 */
+    if (w->firm && !w->ch->is_end) netchan__emit_entry(w, NETCHAN__WITHDRAWN, 0, 0); /* see A2 */
     netchan__lane *lane = w->lane;
     if (w->ch->is_end) { /* one that was claimed answers the claim */
         if (netchan__remote_of(w)->step == NETCHAN__IDLE) netchan__relay_withdraw(netchan__remote_of(w));
@@ -7713,15 +7718,15 @@ static bool netchan__wire_worn(const netchan__wire *w) {
     return w->records_in >= NETCHAN_KEY_RECORDS || w->records_out >= NETCHAN_KEY_RECORDS;
 }
 
-/* Gives back the values that came early and have waited for long enough (E2), and what home knows as a receive while
- * there is none (E3). Returns when to look again. */
+/* Gives back the values that came early and have waited for long enough (A2), and what home knows as a receive while
+ * there is none (A3). Returns when to look again. */
 static uint64_t netchan__check_early(netchan__session *s, uint64_t now) {
     netchan *ch = s->peer.recv;
     bool idle = !ch || (!ch->early.head && (!ch->stand_ins || ch->receivers.head));
     if (idle) s->early_until = 0;
     if (idle) return UINT64_MAX;
     if (!s->early_until || s->early_taken != ch->early_taken)
-        s->early_until = now + NETCHAN__EARLY_MS * (uint64_t)1000000;
+        s->early_until = now + NETCHAN_EARLY_MS * (uint64_t)1000000;
     s->early_taken = ch->early_taken;
     if (now < s->early_until) return s->early_until;
     netchan__give_early_back(ch);

@@ -1082,7 +1082,8 @@ static void bar_waiting(const place *p) {
         task *t = world.tasks[i];
         for (size_t j = 0; t && !t->told && j < t->op.count; j++) {
             const netchan__waiter *w = &t->waiters[j];
-            bool begun = w->match || w->id || t->op.engaged == w; /* a home may have claimed what it knows */
+            bool over = netchan__state(&t->op) >= NETCHAN__COMMITTED; /* its thread is not told yet */
+            bool begun = w->match || w->id || t->op.engaged == w || over; /* a home may have claimed what it knows */
             if (t->places[j] == p && t->values[j] && !begun) t->values[j]->barred = true;
         }
     }
@@ -1955,7 +1956,7 @@ static void check_node(size_t n) {
         broken("something is not settled");
 }
 
-/* E1: no value that came early lies beside a receive that could take it. */
+/* A1: no value that came early lies beside a receive that could take it. */
 static void check_early(const place *p) {
     const netchan *ch = p->ch;
     if (p->kind != END_RECV || !ch || !ch->early.head || ch->home->down) return;
