@@ -10,7 +10,7 @@
 #if defined(__SANITIZE_THREAD__)
 enum { LESS = 10 }; /* so many times less of what a test does thousands of times */
 #elif defined(__SANITIZE_ADDRESS__)
-enum { LESS = 4 };
+enum { LESS = 5 };
 #else
 enum { LESS = 1 };
 #endif
