@@ -1190,10 +1190,13 @@ struct netchan__ends {
     bool failed;                                             /* one could not be had */
 };
 
+/* Member by member: a copy of what was cleared as a whole and then written in part waits for these writes. */
 static netchan_value netchan__make_value(enum netchan_type type) {
     netchan_value v;
-    memset(&v, 0, sizeof v);
     v.type = (uint8_t)type;
+    v.flags = 0;
+    v.as.block.data = NULL;
+    v.as.block.count = 0;
     return v;
 }
 
@@ -6433,10 +6436,14 @@ NETCHANDEF netchan_case netchan_case_send(netchan *ch, netchan_value v) {
 }
 
 NETCHANDEF netchan_case netchan_case_recv(netchan *ch, netchan_value *v) {
-    netchan_case c;
-    memset(&c, 0, sizeof c);
+    netchan_case c; /* as in netchan__make_value() */
     c.ch = ch;
+    c.is_send = false;
+    c.value = netchan__nil_value;
     c.into = v;
+    c.result = NETCHAN_OK;
+    c.peer.id = 0;
+    c.redelivered = false;
     return c;
 }
 
