@@ -189,13 +189,13 @@
  *               again
  *     10 OFFER channel, entry, op, flags, [process (16 bytes)], size, [value]    E: a send waits. On channel 0 with
  *               capacity it costs a credit, and is for large values only. flags: 1 op has several cases, 2 try (answer
- *               WITHDRAWN at once if nobody takes it), 4 firm (never declined), 8 the value is here and the home's to
- *               match (not to who relays), 16 relayed: process tells whose operation it is, else it is E's; 32 ahead:
- *               see below
+ *               WITHDRAWN at once if nobody takes it), 4 firm (never declined without 32), 8 the value is here and the
+ *               home's to match (not to who relays), 16 relayed: process tells whose operation it is, else it is E's;
+ *               32 ahead: see below
  *     11 DEMAND channel, entry, op, flags, [process], size    E: a receive waits. Flags as above. size: the largest
  *               value that it takes; 0: max_message
- *     12 WITHDRAW entry          E: this entry no longer waits (a DECLINE may follow it). For a firm one, WITHDRAWN is
- *               the answer: no claim of it comes after that
+ *     12 WITHDRAW entry          E: this entry no longer waits (a DECLINE may follow it). For a firm one that is known
+ *               to H, which does not relay it, WITHDRAWN is the answer: no claim of it comes after that
  *     13 GRANT match, size, [value]    E: the claim is accepted; a sender's carries the value
  *     14 DECLINE match, n        E: the claim is refused, its entry is gone. n is 1 from who relayed a value to a
  *               process that was lost and may have taken it; then, and with 0 when it has not got it, also in answer
@@ -215,7 +215,7 @@
  *     22 RELEASE entry, match    H: the grant is not used, the entry waits again
  *     23 ACCEPT entry, result    H: a send is over; or, with a result that is not 0, any entry. result: 0 OK, else the
  *               negated result code
- *     24 WITHDRAWN entry         H: the answer to a try that found nobody, and to WITHDRAW of a firm entry that waits
+ *     24 WITHDRAWN entry         H: the answer to a try that found nobody, and to WITHDRAW
  *     25 CREDIT channel, n, left    L: n more values may be sent; `left` of those sent before have left the buffer
  *     26 CLOSED channel          H, to receiver ends: after the last value
  *     27 RETURN channel, size, bytes    L hangs up: a value that nobody received; in parts if it is large, one after
@@ -236,10 +236,11 @@
  *     another; or declines it, and then may have withdrawn others: it demands nothing new until the last of these is
  *     answered, or values would be received out of their order. The values of all OFFERs with flag 8 may count
  *     max_memory / 96 bytes. A CLAIM that is not answered for six times ping_ms and twice resume_ms of H is a breach;
- *     for a relayed entry, four times that. So is an entry that H has engaged, and neither ends nor releases, and a
- *     try or a WITHDRAW that it does not answer, for four times those of E. Time without a link counts a quarter.
- *     Unknown types are skipped. size is the encoded size of the value; a value over 16,256 bytes is never in the frame
- *     that names its size: it is shipped in FRAGMENTs after GRANT or COMMIT, and what answers it comes after the last.
+ *     for a relayed entry, four times that. So is an entry that H has engaged, and neither ends nor releases, a try
+ *     that it does not answer, and a WITHDRAW with flags 4 and 32 before CLOSED or BYE, for four times those of E. Time
+ *     without a link counts a quarter. Unknown types are skipped. size is the encoded size of the value; a value over
+ *     16,256 bytes is never in the frame that names its size: it is shipped in FRAGMENTs after GRANT or COMMIT, and
+ *     what answers it comes after the last.
  *     The commit protocol is described at [9], relays at [10].
  */
 
@@ -726,8 +727,8 @@ NETCHANDEF int netchan_fingerprint(const char *cert, char *out, size_t size);
  *   NETCHAN_ASSERT(x)                               checks of our own bugs, never of input [assert]
  *   NETCHAN_MAX_DEPTH                               how deep values may be nested [64]
  *   NETCHAN_WINDOW                                  bytes sent to a peer and not acknowledged, at most [4 MiB]
- *   NETCHAN_EARLY_MS                                milliseconds that a value which came ahead of the receives of a quick
- *                                                   receiver waits for the next of them, before others may have it [5]
+ *   NETCHAN_EARLY_MS                                milliseconds that a value which came ahead of the receives of a
+ *                                                   quick receiver waits for the next, before others may have it [5]
  *   NETCHAN_KEY_RECORDS                             records each way after which a link is replaced by one with fresh
  *                                                   keys; AES-GCM is good for 2^24.5 (RFC 8446 section 5.5) [2^23]
  *   NETCHAN_STATIC                                  all functions static: the library private to one file
@@ -1698,8 +1699,8 @@ static void netchan__scan_children(netchan__reader *body, const netchan_value *v
     m->wire = before + netchan__length_prefixed(m->wire);
 }
 
-/* Reads the next value and adds what it needs to *m: in memory, and on the wire in its shortest form. *h: how it begins.
- * Sets r->bad when it is malformed. */
+/* Reads the next value and adds what it needs to *m: in memory, and on the wire in its shortest form. *h: how it
+ * begins. Sets r->bad when it is malformed. */
 static void netchan__scan_value(netchan__reader *r, netchan__head *h, unsigned depth, netchan__measure *m) {
     netchan__read_head(r, h);
     if (depth > NETCHAN_MAX_DEPTH) r->bad = true;
@@ -1994,7 +1995,7 @@ enum { NETCHAN__FRAME_MAX = 16384, NETCHAN__FRAGMENT = NETCHAN__FRAME_MAX - 128 
 enum { NETCHAN__SWELL = 24 };
 
 /* Values of a work queue that one peer may have before it receives them, and the bytes of one of them, at most. How
- * long they may wait there, and between two receives for which it is worth while. */
+ * long may pass between two receives for which it is worth while. */
 enum { NETCHAN__EARLY_MOST = 16, NETCHAN__EARLY_SIZE = 1024, NETCHAN__EARLY_PACE_MS = 1 };
 
 /* Of x86 and most ARM; where they are longer, only time is lost. */
@@ -2542,7 +2543,8 @@ static netchan__slot netchan__lane_pop(netchan__lane *lane) {
 
 /* A value that was out comes back to where it was; others that were out before it may be back already. */
 static void netchan__lane_unpop(netchan__lane *lane, netchan__slot slot) {
-    size_t at = --lane->first;
+    size_t at = lane->first - 1;
+    __atomic_store_n(&lane->first, at, __ATOMIC_RELAXED);
     netchan__occupy(lane, &slot, true);
     for (; at + 1 != lane->last && netchan__slot_at(lane, at + 1)->order < slot.order; at++)
         *netchan__slot_at(lane, at) = *netchan__slot_at(lane, at + 1);
@@ -4530,6 +4532,7 @@ static void netchan__on_closed(netchan__peer *p, netchan__frame *f) {
     if (!ch) return; /* it was dropped meanwhile */
     ch->closing = ch->closed = true;
     if (ch->rooms) netchan__give_early_back(ch); /* of values that were for whoever comes, before we were accepted */
+    ch->given_up = 0; /* home has ended these entries, and answers nothing */
     netchan__end_waiters(&ch->receivers, NETCHAN_ECLOSED);
     netchan__tell_ends(ch, false, NETCHAN__CLOSED);
     netchan__relay_ended(ch);
@@ -4744,7 +4747,9 @@ static void netchan__relay_register(netchan__remote *r) {
 
 /* A waiter of another process has come to this end. */
 static void netchan__relay(netchan__remote *r) {
-    netchan__enqueue(&r->waiter.ch->relayed, &r->waiter, false);
+    netchan *ch = r->waiter.ch;
+    netchan__enqueue(&ch->relayed, &r->waiter, false);
+    if (ch->rooms && !ch->receivers.head) netchan__give_early_back(ch); /* else they go to who waits here, in order */
     netchan__relay_register(r);
 }
 
@@ -5480,7 +5485,7 @@ static void netchan__check_claims(uint64_t now) {
         else w->waited = 0;
     }
     for (netchan__peer *p = netchan__net.peers; p; p = p->next_peer)
-        if (p->recv && p->recv->given_up) netchan__check_answer(p, &p->recv->given_up_waited, gap, HOPS);
+        if (p->recv && p->recv->given_up && !p->leaving) netchan__check_answer(p, &p->recv->given_up_waited, gap, HOPS);
 }
 
 static bool netchan__is_dead(void);
@@ -5721,8 +5726,8 @@ static bool netchan__end_negotiations(netchan__peer *p) {
     return ended;
 }
 
-/* The values in this buffer have nobody to go to. Returns how many were certainly not taken; *unknown: of how many others
- * nobody knows. */
+/* The values in this buffer have nobody to go to. Returns how many were certainly not taken; *unknown: of how many
+ * others nobody knows. */
 static size_t netchan__lose_values(netchan__lane *lane, uint64_t *unknown) {
     size_t count = 0;
     for (size_t i = lane->first; i != lane->last; i++) {
@@ -5884,7 +5889,8 @@ static void netchan__let_others(int round) {
     else nanosleep(&moment, NULL);
 }
 
-/* Pauses twice as long as the last time; *pauses begins as 0. Returns false when it is time to sleep. */
+/* Pauses twice as long as the last time; *pauses begins as 0, or as netchan__first_pauses. Returns false when it is
+ * time to sleep. */
 static bool netchan__back_off(int *pauses) {
     enum { FIRST = 16, LAST = 512 };
     *pauses = *pauses ? 2 * *pauses : (int)FIRST;
@@ -6670,19 +6676,20 @@ static size_t netchan__about_held(const netchan__lane *lane) {
  * with. A value's way from one core to the other takes longer than all else that is done with it; of several that go
  * together only the first pays for it. So it waits longer as long as it finds several things to do afterwards: twice
  * as long each time, and a quarter once it finds one. */
-static NETCHAN__THREAD_LOCAL int netchan__patience;
+static NETCHAN__THREAD_LOCAL int netchan__first_pauses;
 
 static void netchan__note_work(bool several) {
     enum { LEAST = 16, MOST = 128 };
-    if (!several) netchan__patience /= 4;
-    else if (netchan__patience < MOST) netchan__patience = netchan__patience ? 2 * netchan__patience : (int)LEAST;
+    if (!several) netchan__first_pauses /= 4;
+    else if (netchan__first_pauses < MOST)
+        netchan__first_pauses = netchan__first_pauses ? 2 * netchan__first_pauses : (int)LEAST;
 }
 
 /* Lets the other side get several things done, before this call waits in the queue of a channel of this process. */
 static bool netchan__send_soon(netchan *ch, const netchan_value *v, const netchan__measure *m) {
     bool sent = false, first = true;
     if (!ch->lane.cap) return netchan__await_receiver(&ch->own.place) && netchan__send_simple(ch, v, m);
-    for (int pauses = netchan__patience; !sent && netchan__back_off(&pauses); first = false) {
+    for (int pauses = netchan__first_pauses; !sent && netchan__back_off(&pauses); first = false) {
         if (first) netchan__note_work(netchan__about_held(&ch->lane) + 1 < ch->lane.cap);
         sent = netchan__send_simple(ch, v, m);
     }
@@ -6698,7 +6705,7 @@ static bool netchan__receive_soon(netchan_case *c) {
         if (done) netchan__pass_on(c, &v);
         return done || netchan__receive_quickly(c);
     }
-    for (int pauses = netchan__patience; !done && netchan__back_off(&pauses); first = false) {
+    for (int pauses = netchan__first_pauses; !done && netchan__back_off(&pauses); first = false) {
         if (first) netchan__note_work(netchan__about_held(&c->ch->lane) > 1);
         done = netchan__receive_quickly(c);
     }
@@ -7394,8 +7401,8 @@ static uint64_t netchan__queue_parcel(netchan__session *s, const netchan__frame 
     return UINT64_MAX; /* netchan__shipped() will tell */
 }
 
-/* netchan__peer.keep. Who ends a value has received it all, or breaks the protocol; a session that is over has no parcels
- * any more. So there is nothing to keep, and should there be after all, it is not read where it was freed. */
+/* netchan__peer.keep. Who ends a value has received it all, or breaks the protocol; a session that is over has no
+ * parcels any more. So there is nothing to keep, and should there be after all, it is not read where it was freed. */
 static void netchan__session_keep(netchan__peer *p, bool shipped, uint64_t entry) {
     for (netchan__parcel *parcel = netchan__session_of(p)->parcels; parcel; parcel = parcel->next) {
         if (parcel->entry != entry || parcel->from_home != shipped || !parcel->lent_size) continue;
@@ -7841,6 +7848,7 @@ static void netchan__session_lost(netchan__session *s) {
         if (s->bye_sent && s->bye_received && !s->returns) p->send->in_flight = 0; /* it arrived */
         netchan__end_lost(p->send, p, &unsent);
         netchan__end_lost(p->recv, p, &none);
+        netchan__relay_all(p->recv); /* what waited for `given_up` */
     } /* before its ends are lost: they may be in those values */
     netchan__home_lost(p);
     netchan__ends_lost(p);

@@ -574,6 +574,32 @@ static void test_early_values_keep_their_order(void) {
     end_party(&p);
 }
 
+/* Who gets the receiving end afterwards gets the rest in their order, though some were here already. */
+static void test_early_values_and_who_gets_the_end(void) {
+    enum { ROUNDS = 3, BUFFER = 64, MANY = 200, ALL = MANY + BUFFER };
+    party p = make_party(1, BUFFER, BUFFER);
+    netchan_options o = options_for(1, 0);
+    netchan_link *l = listen_with(&o), *d = dial_with(l->address, &o);
+    for (int i = 0; i < ROUNDS; i++) {
+        task t;
+        netchan_value v;
+        t.ch = p.l->send;
+        t.value = netchan_int(ALL);
+        t.thread = test_start(send_many, &t);
+        for (int n = 0; n < MANY; n++) CHECK_INT(netchan_recv(p.d[0]->recv, NULL, NETCHAN_FOREVER), NETCHAN_OK);
+        CHECK_INT(netchan_send(l->send, netchan_receiver(p.d[0]->recv), LONG), NETCHAN_OK);
+        CHECK_INT(netchan_recv(d->recv, &v, LONG), NETCHAN_OK);
+        netchan *end = netchan_retain(netchan_as_chan(&v));
+        netchan_clear(&v);
+        check_ints(end, MANY, ALL);
+        test_join(t.thread);
+        netchan_free(end);
+    }
+    hang_up(d);
+    hang_up(l);
+    end_party(&p);
+}
+
 /* A listener with two peers, of which the first has received some values quickly. *next: the first that it has not. */
 static party make_early_party(int *next) {
     party p = make_party(2, EARLY_BUFFER, EARLY_BUFFER);
@@ -1854,6 +1880,7 @@ int main(int argc, char **argv) {
         TEST(the_identity_of_a_pinned_peer),
         TEST(values_come_early),
         TEST(early_values_keep_their_order),
+        TEST(early_values_and_who_gets_the_end),
         TEST(early_values_go_back),
         TEST(early_values_and_hangup),
         TEST(early_values_and_accept),

@@ -1974,8 +1974,8 @@ static void test_early_values_of_a_dialler(void) {
     end_call(&c, &d);
 }
 
-/* A select of two homes is engaged with one of them, when the other's values come: the older one early, the newer one for
- * the select. It gets the older one. */
+/* A select of two homes is engaged with one of them, when the other's values come: the older one early, the newer one
+ * for the select. It gets the older one. */
 static void test_early_values_and_an_engaged_select(void) {
     door a = open_door(), other = open_door();
     call c, o;
@@ -2028,6 +2028,29 @@ static void test_early_values_and_an_engaged_select(void) {
     netchan_hangup(o.link, NULL);
     raw_close(ra);
     end_call(&c, &a);
+}
+
+/* A home that has closed its channel has ended all entries, and does not answer when they are withdrawn. */
+static void test_early_values_and_a_close(void) {
+    door d = open_door();
+    call c;
+    rooms q;
+    bytes b;
+    b.size = 0;
+    q.match = 100;
+    start_call(&c, &d, 4, LONG);
+    raw *r = raw_admit(&d, 4);
+    test_join(c.thread);
+    CHECK(c.link);
+    serve_until_ahead(r, &q, c.link->recv);
+    PUT(&b, CLOSED, 1);
+    raw_say(r, &b);
+    CHECK_INT(netchan_recv(c.link->recv, NULL, LONG), NETCHAN_ECLOSED);
+    pthread_mutex_lock(&netchan__net_lock);
+    CHECK_INT(c.link->recv->given_up, 0); /* or it would wait for that, and end the session at last */
+    pthread_mutex_unlock(&netchan__net_lock);
+    raw_close(r);
+    end_call(&c, &d);
 }
 
 /* A home that does not say that it knows what was given back holds up every receive. */
@@ -3006,8 +3029,8 @@ static void test_a_relay_between_foreigners(void) {
     close_room(&m);
 }
 
-/* The receiving end of a link is passed on while values come early. Those that are on their way are received here, before
- * newer ones. */
+/* The receiving end of a link is passed on while values come early. Those that are on their way are received here,
+ * before newer ones. */
 static void test_early_values_and_a_relay(void) {
     door d = open_door();
     room m = open_room();
@@ -3043,40 +3066,48 @@ static void test_early_values_and_a_relay(void) {
     close_room(&m);
 }
 
-/* Early values went back, and home has not said yet that it knows: a try of who got the end is answered at once, when
- * there is no link. */
+/* Early values went back, and home has not said yet that it knows: a try of who got the end is answered when there is
+ * no link, and no session any more. */
 static void test_a_relayed_try_after_early_values(void) {
-    door d = open_door();
-    room m = open_room();
-    call c;
-    frame f;
-    rooms q;
-    bytes b;
-    b.size = 0;
-    q.match = 100;
-    start_call(&c, &d, 4, LONG);
-    raw *r = raw_admit(&d, 4);
-    test_join(c.thread);
-    CHECK(c.link);
-    raw *third = raw_join(m.l->address, 0);
-    end e = raw_get_end(&m, third, netchan_receiver(c.link->recv));
-    PUT(&b, DROP, e.id, 1, 0);
-    raw_say(third, &b);
-    check_quiet(third);
-    serve_until_ahead(r, &q, c.link->recv);
-    claim_with(r, &q, q.entries[0], 7);
-    for (size_t i = 1; i < q.count; i++) EXPECT(r, &f, WITHDRAW, q.entries[i]);
-    EXPECT(r, &f, DECLINE, q.match, 0);
-    e = raw_get_end(&m, third, netchan_receiver(c.link->recv));
-    raw_close(r);
-    wait_event(c.link, "down", "");
-    PUT(&b, DEMAND, e.id, 7, 7, TRY, 0);
-    raw_say(third, &b);
-    EXPECT(third, &f, WITHDRAWN, 7);
-    raw_close(third);
-    netchan_hangup(c.link, NULL);
-    close(d.fd);
-    close_room(&m);
+    for (int over = 0; over < 2; over++) {
+        door d = open_door();
+        room m = open_room();
+        call c;
+        frame f;
+        rooms q;
+        bytes b;
+        b.size = 0;
+        q.match = 100;
+        start_call(&c, &d, 4, LONG);
+        raw *r = raw_admit(&d, 4);
+        test_join(c.thread);
+        CHECK(c.link);
+        raw *third = raw_join(m.l->address, 0);
+        serve_until_ahead(r, &q, c.link->recv);
+        claim_with(r, &q, q.entries[0], 7);
+        for (size_t i = 1; i < q.count; i++) EXPECT(r, &f, WITHDRAW, q.entries[i]);
+        EXPECT(r, &f, DECLINE, q.match, 0);
+        end e = raw_get_end(&m, third, netchan_receiver(c.link->recv));
+        if (!over) {
+            raw_close(r);
+            wait_event(c.link, "down", "");
+        }
+        PUT(&b, DEMAND, e.id, 7, 7, TRY, 0);
+        raw_say(third, &b);
+        if (over) {
+            check_quiet(third);
+            put_frame(&b, REFUSED, (uint64_t[]){0}, 1, (const uint8_t *)"over", 4);
+            raw_say(r, &b);
+            close(d.fd); /* there is no other session */
+            wait_event(c.link, "lost", "over");
+        }
+        EXPECT(third, &f, WITHDRAWN, 7);
+        if (over) raw_close(r);
+        else close(d.fd);
+        raw_close(third);
+        netchan_hangup(c.link, NULL);
+        close_room(&m);
+    }
 }
 
 /* Who relays is sent no value with an offer; and takes none. */
@@ -3371,6 +3402,7 @@ int main(int argc, char **argv) {
         TEST(early_values_of_a_dialler),
         TEST(early_values_and_a_relay),
         TEST(a_relayed_try_after_early_values),
+        TEST(early_values_and_a_close),
         TEST(who_does_not_answer_a_withdraw),
         TEST(early_values_and_an_engaged_select),
         TEST(a_dialler_resumes),
