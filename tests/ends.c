@@ -57,9 +57,11 @@ static void drain(netchan *rx, size_t count) {
 static uint8_t payload[MIB];
 
 /* Sends or receives numbered values of this size until there were `count`, or, with a negative count, until something
- * ends it; what times out is tried again. Returns the last result; *done, which is atomic, tells how many there were. */
+ * ends it; what times out is tried again. Returns the last result; *done, which is atomic, tells how many there were.
+ */
 static int pump(netchan *ch, bool is_send, int count, size_t size, int timeout_ms, int *done) {
-    for (*done = 0; *done != count;) {
+    __atomic_store_n(done, 0, __ATOMIC_RELAXED);
+    while (*done != count) {
         netchan_value items[2], v;
         items[0] = netchan_int(*done);
         items[1] = netchan_bytes(payload, size);

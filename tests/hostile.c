@@ -1352,7 +1352,8 @@ static void test_a_listener_that_leaves_under_pressure(void) {
 static void test_answers_before_the_value(void) {
     static const attack listened[] = {
         {"TAKEN", 0, "DEMAND 1 # . 1 0; send 200000; <CLAIM; GRANT m 0; <COMMIT; TAKEN m", "took what was not"},
-        {"DECLINE", 0, "DEMAND 1 # . 1 0; send 200000; <CLAIM; GRANT m 0; <COMMIT; DECLINE m 0", "declined what was not"},
+        {"DECLINE", 0, "DEMAND 1 # . 1 0; send 200000; <CLAIM; GRANT m 0; <COMMIT; DECLINE m 0",
+         "declined what was not"},
         {"TAKEN to a relay", 0, OUT "hsend 200000; <CLAIM; GRANT m 0; <COMMIT; TAKEN m", "took what was not"},
         {"DECLINE to a relay", 0, OUT "hsend 200000; <CLAIM; GRANT m 0; <COMMIT; DECLINE m 0", "declined what was not"},
         {"ACCEPT to a relay", 0, "give 0 9 0; relay; osend 200000; <OFFER; CLAIM e 7 1 0; <GRANT; ACCEPT e 0",

@@ -2453,8 +2453,8 @@ static void share_one_processor(void) {
 #endif
 }
 
-/* A question, and its answer out of a buffer: one record each way, as what nobody waits for goes with the next question.
- * A thread that is kept from running meanwhile sends it alone, so the best of several rounds counts; on a second
+/* A question, and its answer out of a buffer: one record each way, as what nobody waits for goes with the next
+ * question. A thread that is kept from running meanwhile sends it alone, so the best of several rounds counts; on a second
  * processor the other side of this process would be so quick to send it that nothing could go with it. */
 static void test_one_record_each_way(void) {
     enum { ROUNDS = 20, TRIPS = 50 };
