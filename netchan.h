@@ -11648,7 +11648,7 @@ static int netchan__start_endpoint(netchan__endpoint *e) {
     return result;
 }
 
-/* Takes the endpoint back from the I/O thread, which closes its connections. */
+/* Takes the endpoint back from the I/O thread, which closes its connections, and from who waits for a name. */
 static void netchan__stop_endpoint(netchan__endpoint *e) {
     pthread_mutex_lock(&netchan__net_lock);
     e->stopping = true;
@@ -11656,7 +11656,7 @@ static void netchan__stop_endpoint(netchan__endpoint *e) {
     netchan__wake_io(e);
     netchan__unlock_one(&netchan__net_lock);
     pthread_mutex_lock(&netchan__net_lock);
-    while (!e->gone) netchan__wait_net(&e->changed, UINT64_MAX);
+    while (!e->gone || e->hub.wanted) netchan__wait_net(&e->changed, UINT64_MAX);
     netchan__unlock_one(&netchan__net_lock);
     pthread_mutex_lock(&netchan__control_lock);
     netchan__io_stop();
@@ -11935,6 +11935,7 @@ static void netchan__await_import(netchan__endpoint *e, netchan__wanted *w, uint
     bool in_time = !w->is_try || w->unanswered;
     while (!w->over && in_time && !h->hanging_up) in_time = netchan__wait_net(&e->changed, deadline);
     netchan__end_wanted(h, w);
+    if (h->hanging_up) pthread_cond_broadcast(&e->changed); /* see netchan__stop_endpoint() */
 }
 
 NETCHANDEF int netchan_import(netchan_link *link, const char *name, enum netchan_type end, netchan **ch,

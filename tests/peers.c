@@ -1693,16 +1693,20 @@ static void test_imports_in_the_next_session(void) {
 }
 
 static void test_hangup_ends_imports(void) {
-    for (int k = 0; k < 4; k++) {
+    enum { ROUNDS = 40, IMPORTERS = 16 }; /* not all of them leave before the call that hangs up has seen the end of all else */
+    for (int k = 0; k < ROUNDS; k++) {
         pair p = join(0, 0);
         netchan_link *a = k & 1 ? p.l : p.d, *b = k & 1 ? p.d : p.l;
-        importing i;
-        start_import(&i, b, "never", NETCHAN_RECEIVER, k & 2 ? LONG : NETCHAN_FOREVER);
-        wait_for_questions(a, 1);
+        importing i[IMPORTERS];
+        for (int n = 0; n < IMPORTERS; n++)
+            start_import(&i[n], b, "never", NETCHAN_RECEIVER, k & 2 ? LONG : NETCHAN_FOREVER);
+        wait_for_questions(a, IMPORTERS);
         hang_up(b);
-        test_join(i.thread);
-        CHECK_INT(i.result, NETCHAN_ECLOSED);
-        CHECK(!i.ch);
+        for (int n = 0; n < IMPORTERS; n++) {
+            test_join(i[n].thread);
+            CHECK_INT(i[n].result, NETCHAN_ECLOSED);
+            CHECK(!i[n].ch);
+        }
         hang_up(a);
         CHECK_INT(alloc_blocks(), 0);
     }
