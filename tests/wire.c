@@ -1910,6 +1910,17 @@ static void serve_until_ahead(raw *r, rooms *q, netchan *recv) {
     }
 }
 
+/* A dialler's link to a home with a buffer, whose receives have been quick: it asks for values ahead of them. */
+static raw *call_early(call *c, const door *d, rooms *q) {
+    start_call(c, d, 4, LONG);
+    raw *r = raw_admit(d, 4);
+    test_join(c->thread);
+    CHECK(c->link);
+    q->match = 100;
+    serve_until_ahead(r, q, c->link->recv);
+    return r;
+}
+
 /* A dialler's side of values that come before their receives: they go back when nobody receives, and nothing is
  * demanded until it is certain that no more of them are on the way; an entry whose receive got another value is kept
  * for the next, and given up when there is none. */
@@ -1923,13 +1934,7 @@ static void test_early_values_of_a_dialler(void) {
     task t;
     rooms q;
     b.size = 0;
-    q.match = 100;
-    start_call(&c, &d, 4, LONG);
-    raw *r = raw_admit(&d, 4);
-    test_join(c.thread);
-    CHECK(c.link);
-
-    serve_until_ahead(r, &q, c.link->recv);
+    raw *r = call_early(&c, &d, &q);
     claim_with(r, &q, q.entries[0], 7);
     for (size_t i = 1; i < q.count; i++) EXPECT(r, &f, WITHDRAW, q.entries[i]);
     EXPECT(r, &f, DECLINE, q.match, 0);
@@ -2037,12 +2042,7 @@ static void test_early_values_and_a_close(void) {
     rooms q;
     bytes b;
     b.size = 0;
-    q.match = 100;
-    start_call(&c, &d, 4, LONG);
-    raw *r = raw_admit(&d, 4);
-    test_join(c.thread);
-    CHECK(c.link);
-    serve_until_ahead(r, &q, c.link->recv);
+    raw *r = call_early(&c, &d, &q);
     PUT(&b, CLOSED, 1);
     raw_say(r, &b);
     CHECK_INT(netchan_recv(c.link->recv, NULL, LONG), NETCHAN_ECLOSED);
@@ -3040,13 +3040,8 @@ static void test_early_values_and_a_relay(void) {
     rooms q;
     bytes b;
     b.size = 0;
-    q.match = 100;
-    start_call(&c, &d, 4, LONG);
-    raw *r = raw_admit(&d, 4);
-    test_join(c.thread);
-    CHECK(c.link);
+    raw *r = call_early(&c, &d, &q);
     raw *third = raw_join(m.l->address, 0);
-    serve_until_ahead(r, &q, c.link->recv);
     end e = raw_get_end(&m, third, netchan_receiver(c.link->recv));
     uint64_t entry = demand(r, &q, &t, c.link->recv);
     PUT(&b, DEMAND, e.id, 7, 7, 0, 0);
@@ -3077,13 +3072,8 @@ static void test_a_relayed_try_after_early_values(void) {
         rooms q;
         bytes b;
         b.size = 0;
-        q.match = 100;
-        start_call(&c, &d, 4, LONG);
-        raw *r = raw_admit(&d, 4);
-        test_join(c.thread);
-        CHECK(c.link);
+        raw *r = call_early(&c, &d, &q);
         raw *third = raw_join(m.l->address, 0);
-        serve_until_ahead(r, &q, c.link->recv);
         claim_with(r, &q, q.entries[0], 7);
         for (size_t i = 1; i < q.count; i++) EXPECT(r, &f, WITHDRAW, q.entries[i]);
         EXPECT(r, &f, DECLINE, q.match, 0);
